@@ -1,0 +1,260 @@
+"""One TOML file -> frozen settings: the only home of default numbers.
+
+Defaults are the published ones (Rensmeyer, Kramer, Niggemann, Digital Discovery 2026, 10.1039/d5dd00392j) unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from bnn_driver import units
+from bnn_driver.errors import ConfigError
+
+
+def _quantity(kind: str) -> BeforeValidator:
+    def parse(value: object) -> float:
+        try:
+            return units.parse_quantity(value, kind)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    return BeforeValidator(parse)
+
+
+Energy = Annotated[float, _quantity("energy"), Field(gt=0)]
+Length = Annotated[float, _quantity("length"), Field(ge=0)]
+Force = Annotated[float, _quantity("force"), Field(gt=0)]
+Stress = Annotated[float, _quantity("stress"), Field(gt=0)]
+Seconds = Annotated[float, _quantity("wall time"), Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=False)
+
+
+class Run(_Section):
+    """Where the run lives, and the seed from which all others are derived."""
+
+    directory: str = "run"
+    """Relative to the config file."""
+    seed: int = Field(default=1, ge=0)
+
+
+class Ipi(_Section):
+    """The i-PI input; address, mode, batch size, beads and atoms are read from it."""
+
+    input: str = ""
+    """The XML, relative to the config file; may stay empty for `serve` when [system] structure is given."""
+    connect_timeout: Seconds = "2 min"  # type: ignore[assignment]
+    reconnects: int = Field(default=10, ge=0)
+
+
+class System(_Section):
+    """What the i-PI protocol does not tell."""
+
+    periodic: bool
+    """i-PI always sends a cell; False: molecules in vacuum, the cell is ignored."""
+    charge: int = 0
+    multiplicity: int = Field(default=1, ge=1)
+    structure: str = ""
+    """A file that ASE reads, for the order of the elements, when there is no i-PI input."""
+
+
+class PotentialSettings(_Section):
+    """The foundation potential."""
+
+    model: str = "embedded"
+    """A .model file (relative to the config file), a name that mace-torch knows, or "embedded"."""
+    head: str = ""
+    device: str = "cpu"
+    dtype: Literal["float64", "float32"] = "float32"
+    path: Literal["auto", "stacked", "modules"] = "auto"
+    threads: int = Field(default=1, ge=1)
+    """Threads of one process; more than one pays only on idle machines and for large systems."""
+
+
+class EnsembleSettings(_Section):
+    """Prior, likelihood and sampler of the Bayesian network."""
+
+    members: int = Field(default=8, ge=2)
+    prior_sd: float = Field(default=0.5, gt=0)
+    """sigma_TL: weights ~ N(foundation, prior_sd²); published 0.5 for MACE."""
+    energy_noise: Fraction = 0.1
+    """sd of a label's energy as a share of the accuracy."""
+    force_noise: Force = "0.1 kcal/mol/A"  # type: ignore[assignment]
+    """sd of a label's force component before the noise head has learnt."""
+    stress_noise: Stress = "0.00625 kcal/mol/A^3"  # type: ignore[assignment]
+    """sd of a label's stress component: 0.1/16 kcal/mol/Å^3."""
+    noise_head: tuple[int, ...] = (64, 16)
+    steps_per_update: int = Field(default=2000, ge=1)
+    batch_size: int = Field(default=5, ge=2)
+    step_size: float = Field(default=1e-3, gt=0)
+    friction: float = Field(default=0.1, gt=0, le=1)
+    mass_decay: float = Field(default=0.999, gt=0, lt=1)
+    mass_floor: float = Field(default=1e-4, gt=0)
+    temperature: float = Field(default=1.0, ge=0)
+    noiseless: Fraction = 0.2
+    """Share of an update before the noise begins."""
+    ramp_end: Fraction = 0.25
+    """Share of an update after which the noise is full."""
+
+
+class ForceGroup(_Section):
+    """Named atoms with a force threshold of their own."""
+
+    atoms: tuple[int, ...]
+    """Indices from 0, in the order of the i-PI input."""
+    forces: Force
+
+
+class Accuracy(_Section):
+    """The promise: P(|error| >= accuracy) <= 1 - confidence for every frame that is served."""
+
+    energy: Energy
+    """Total energy of the structure."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    forces: Force | None = None
+    """Error of the force on any atom (vector norm); off when not given."""
+    species: dict[str, Force] = Field(default_factory=dict)
+    """Threshold for the atoms of one element."""
+    groups: dict[str, ForceGroup] = Field(default_factory=dict)
+
+
+class CalibrationSettings(_Section):
+    """Gamma prior on the precision of the predictive sd."""
+
+    a: float = Field(default=1.5, gt=0)
+    b: float = Field(default=10.0, gt=0)
+    forgetting: float = Field(default=1.0, gt=0, le=1)
+    """Weight of a pair relative to the next one; 1 forgets nothing."""
+
+
+class Audit(_Section):
+    """Random labels of served frames, which measure whether the promise holds."""
+
+    expected: float = Field(default=30, ge=0)
+    """Labels expected over the run when its number of steps is known."""
+    probability: Fraction | None = None
+    """Chance that a served frame is audited; wins over `expected`."""
+
+
+class Sanity(_Section):
+    """A frame outside ends the run instead of being labelled."""
+
+    min_distance: Length = "0.5 A"  # type: ignore[assignment]
+    max_force: Force = "100 eV/A"  # type: ignore[assignment]
+
+
+class TrainerSettings(_Section):
+    """The process that moves the chains."""
+
+    max_lag: int = Field(default=0, ge=0)
+    """Labels that may be known but not yet learnt while frames are served; 0 waits for the chains (published)."""
+    device: str = "cpu"
+    threads: int = Field(default=1, ge=1)
+    update_retries: int = Field(default=1, ge=0)
+
+
+class OracleSettings(_Section):
+    """The ab initio code; its own options stand in the table [oracle.KIND]."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, validate_default=True)
+
+    kind: str
+    workers: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1)
+    timeout: Seconds = "1 h"  # type: ignore[assignment]
+    max_labels: int | None = Field(default=None, ge=1)
+    """Budget; reaching it ends the run with exit code 7, never loosens the promise."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The table [oracle.KIND]."""
+        return dict((self.model_extra or {}).get(self.kind, {}))
+
+    @model_validator(mode="after")
+    def _only_own_table(self) -> OracleSettings:
+        for key, value in (self.model_extra or {}).items():
+            if key == self.kind and isinstance(value, dict):
+                continue
+            if isinstance(value, dict):
+                raise ValueError(f'table [oracle.{key}] does not belong to kind = "{self.kind}"; name it [oracle.{self.kind}]')
+            raise ValueError(f"unknown key {key!r}{_nearest(key, type(self).model_fields)}; options of the code go to [oracle.{self.kind}]")
+        return self
+
+
+class Output(_Section):
+    """What is recorded and sent."""
+
+    stride: int = Field(default=10, ge=1)
+    """Steps between records of frames that are only served; asked and audited ones are always recorded."""
+    extras: Literal["scalars", "energy", "forces"] = "scalars"
+    """What i-PI gets beside bnn_*: nothing, committee_pot, or also committee_force and committee_virial."""
+    keep_generations: int = Field(default=5, ge=1)
+
+
+class Config(_Section):
+    """Everything that a run is made of."""
+
+    run: Run = Run()
+    ipi: Ipi = Ipi()
+    system: System
+    potential: PotentialSettings = PotentialSettings()
+    ensemble: EnsembleSettings = EnsembleSettings()
+    accuracy: Accuracy
+    calibration: CalibrationSettings = CalibrationSettings()
+    audit: Audit = Audit()
+    sanity: Sanity = Sanity()
+    trainer: TrainerSettings = TrainerSettings()
+    oracle: OracleSettings
+    output: Output = Output()
+
+
+def read_config(path: Path) -> Config:
+    """Settings of a TOML file.  Raises: ConfigError naming file, key, what came and what was expected."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file; examples/ethanol/bnn.toml is one to start from") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
+
+
+def _explain(path: Path, item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section = _section_at(item["loc"][:-1])
+        known = section.model_fields if section is not None else {}
+        return f"{path}: unknown key {where}{_nearest(str(item['loc'][-1]), known)}"
+    if item["type"] == "missing":
+        return f"{path}: {where} is missing; it has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    came = "" if repr(item["input"]) in message else f" (got {item['input']!r})"
+    return f"{path}: {where}: {message}{came}"
+
+
+def _section_at(location: tuple[Any, ...]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Config
+    for name in location:
+        if section is None or name not in section.model_fields:
+            return None
+        inner = section.model_fields[name].annotation
+        section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    return section
+
+
+def _nearest(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known keys: {', '.join(known)}" if known else ""
