@@ -101,8 +101,16 @@ class EnsembleSettings(_Section):
     temperature: float = Field(default=1.0, ge=0)
     noiseless: Fraction = 0.2
     """Share of an update before the noise begins."""
-    ramp_end: Fraction = 0.25
-    """Share of an update after which the noise is full."""
+    ramp: Fraction = 0.05
+    """Share of an update over which the noise then rises to its full amplitude."""
+    loss_margin: float = Field(default=1.0, gt=0)
+    """Nats per label component by which the loss may end above its start before an update counts as diverged."""
+    temperature_range: tuple[float, float] = (0.2, 5.0)
+    """Kinetic temperature, in units of the target, outside which an update counts as diverged."""
+    member_chunk: int = Field(default=1, ge=1)
+    """Members evaluated together; 1 is best on a CPU, all of them on a GPU."""
+    skin: Length = "0.5 A"  # type: ignore[assignment]
+    """Neighbour lists serve until an atom has moved by half of it."""
 
 
 class ForceGroup(_Section):
@@ -185,7 +193,9 @@ class OracleSettings(_Section):
                 continue
             if isinstance(value, dict):
                 raise ValueError(f'table [oracle.{key}] does not belong to kind = "{self.kind}"; name it [oracle.{self.kind}]')
-            raise ValueError(f"unknown key {key!r}{_nearest(key, type(self).model_fields)}; options of the code go to [oracle.{self.kind}]")
+            raise ValueError(
+                f"unknown key {key!r}{_nearest(key, type(self).model_fields)}; options of the code go to [oracle.{self.kind}]"
+            )
         return self
 
 

@@ -38,6 +38,7 @@ UNITS: dict[str, dict[str, float]] = {
     "length": _LENGTH,
     "force": _FORCE,
     "stress": _STRESS,
+    "temperature": {"K": 1.0},
     "wall time": _TIME,
 }
 
@@ -52,13 +53,19 @@ def parse_quantity(text: object, kind: str) -> float:
     """
     table = UNITS[kind]
     known = ", ".join(table) if len(table) < 10 else ", ".join(list(table)[:10]) + ", ..."
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        raise ConfigError(
+            f'the unit is missing in {text!r}: write for example "{text} {next(iter(table))}"; known units: {known}'
+        )
     match = _QUANTITY.match(text) if isinstance(text, str) else None
     if match is None:
         unit = next(iter(table))
         raise ConfigError(f'expected {kind} as "number unit", for example "0.5 {unit}", but got {text!r}; known units: {known}')
     number, unit = match.groups()
     if unit is None:
-        raise ConfigError(f'the unit is missing in {text!r}: write for example "{number} {next(iter(table))}"; known units: {known}')
+        raise ConfigError(
+            f'the unit is missing in {text!r}: write for example "{number} {next(iter(table))}"; known units: {known}'
+        )
     if unit not in table:
         raise ConfigError(f"unknown unit {unit!r} in {text!r}; a {kind} can be given in {known}")
     return float(number) * table[unit]

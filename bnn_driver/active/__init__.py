@@ -1,0 +1,1 @@
+"""Decisions: which frames the ensemble may answer itself and which the oracle must label."""

@@ -1,0 +1,65 @@
+"""A frame outside the sanity window ends the run before any model or oracle sees it as physics."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bnn_driver.errors import GuardStop
+from bnn_driver.records import Array, Frames
+
+
+def check_sanity(frames: Frames, min_distance: float, max_force: float | None = None, forces: Array | None = None) -> None:
+    """Stop at positions that are not finite, atoms that are too close, or absurd forces.
+
+    Args: frames: B frames.   min_distance: Å, between any two atoms or images.   max_force: eV/Å, longest force that is accepted;
+    needs `forces`, (B, A, 3) eV/Å.
+    Raises: GuardStop naming the frame, the atoms (from 0) and the value.
+    """
+    for b in range(len(frames)):
+        bad = np.flatnonzero(~np.isfinite(frames.positions[b]).all(axis=1))
+        if bad.size:
+            raise GuardStop(
+                f"atom {bad[0]} of frame {b} has the position {frames.positions[b, bad[0]]}; the dynamics has blown up"
+            )
+        _check_distances(frames, b, min_distance)
+    if max_force is not None and forces is not None:
+        _check_forces(forces, max_force)
+
+
+def _check_distances(frames: Frames, b: int, min_distance: float) -> None:
+    """Compare the nearest pair of frame b, with periodic images, to the limit."""
+    first, second = np.triu_indices(len(frames.numbers), k=1)
+    delta = frames.positions[b, second] - frames.positions[b, first]
+    if frames.cell is not None:
+        cell = frames.cell[b]
+        _check_cell(cell, b, min_distance)
+        inverse = np.linalg.inv(cell)
+        # a distance below half the smallest height has all its fractional components within 1/2: wrapping finds it
+        delta = delta - np.rint(delta @ inverse) @ cell
+    distance = np.sqrt(np.einsum("pc,pc->p", delta, delta))
+    if distance.size and distance.min() < min_distance:
+        p = int(distance.argmin())
+        i, j = int(first[p]), int(second[p])
+        raise GuardStop(
+            f"atoms {i} (Z = {frames.numbers[i]}) and {j} (Z = {frames.numbers[j]}) of frame {b} are {distance[p]:.3f} Å apart, "
+            f"below the limit of {min_distance} Å; look for a time step that is too long or a start that is not relaxed"
+        )
+
+
+def _check_cell(cell: Array, b: int, min_distance: float) -> None:
+    """The heights of the cell must be at least twice the smallest allowed distance."""
+    if not np.isfinite(cell).all() or abs(np.linalg.det(cell)) < 1e-12:
+        raise GuardStop(f"the cell of frame {b} is not finite or has no volume: {cell.tolist()}")
+    height = float(1.0 / np.linalg.norm(np.linalg.inv(cell), axis=0).max())
+    if height < 2.0 * min_distance:
+        raise GuardStop(
+            f"the cell of frame {b} is only {height:.3f} Å high, below twice the smallest distance of {min_distance} Å"
+        )
+
+
+def _check_forces(forces: Array, max_force: float) -> None:
+    """Compare the longest force to the limit.  Args: forces: (B, A, 3) eV/Å."""
+    size = np.linalg.norm(forces, axis=-1)
+    b, i = np.unravel_index(int(np.argmax(np.where(np.isfinite(size), size, np.inf))), size.shape)
+    if not size[b, i] <= max_force:
+        raise GuardStop(f"the force on atom {i} of frame {b} is {size[b, i]:.3g} eV/Å, above the limit of {max_force} eV/Å")

@@ -1,0 +1,157 @@
+"""Likelihood of labelled structures, with a head that predicts the noise of each atom's force.
+
+Rensmeyer, Kramer, Niggemann, Digital Discovery 2026, DOI 10.1039/d5dd00392j.  Axes: M members, B frames, A atoms, F features.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnn_driver.errors import ConfigError
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+_UPPER = (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)
+
+
+def hidden_widths(n_features: int) -> tuple[int, int]:
+    """Published widths of the noise head: 64-16 for MACE (256 features), 32-16 for NequIP (64 features or fewer)."""
+    return (32, 16) if n_features <= 64 else (64, 16)
+
+
+@dataclass(frozen=True)
+class NoiseHead:
+    """Multilayer perceptron from an atom's invariant features to the log of its force noise, SiLU between the layers."""
+
+    n_features: int
+    """F."""
+    hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every weight: noise.w0 (F, H0), noise.b0 (H0,), ..., the last layer has one output."""
+        widths = (self.n_features, *self.hidden, 1)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for k, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
+            shapes[f"noise.w{k}"] = (n_in, n_out)
+            shapes[f"noise.b{k}"] = (n_out,)
+        return shapes
+
+    def init(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Weights at the start and at the prior's centre: zeros, as published (every atom starts at the base noise)."""
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in self.shapes.items()}
+
+    def log_factor(self, weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        """The perceptron's output per atom.
+
+        Args: weights: noise.* with a leading M.   features: (M, B, A, F).   Returns: (M, B, A).
+        Raises: ConfigError when the number of features is not F.
+        """
+        if features.shape[-1] != self.n_features:
+            raise ConfigError(
+                f"the noise head expects {self.n_features} features per atom, but the potential gave {features.shape[-1]}"
+            )
+        m, b, a, _ = features.shape
+        x = features.reshape(m, b * a, self.n_features)
+        last = len(self.hidden)
+        for k in range(last + 1):
+            x = torch.baddbmm(weights[f"noise.b{k}"].unsqueeze(1), x, weights[f"noise.w{k}"])  # (M, B*A, n_out)
+            if k < last:
+                x = torch.nn.functional.silu(x)
+        return x.reshape(m, b, a)
+
+    def force_noise_sd(self, weights: Mapping[str, Tensor], features: Tensor, base: float) -> Tensor:
+        """σ_i = base · exp(MLP(v_i)), sd of a label's force components on atom i.
+
+        Args: weights, features: as in `log_factor`.   base: eV/Å.   Returns: (M, B, A) eV/Å.
+        """
+        return base * torch.exp(self.log_factor(weights, features))
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """Standard deviations of a label around a member's prediction."""
+
+    energy_sd: float
+    """eV, total energy; published: 10 % of the promised accuracy."""
+    force_base_sd: float
+    """eV/Å; published: 0.1 kcal/mol/Å."""
+    stress_sd: float
+    """eV/Å^3; published: 0.1/16 kcal/mol/Å^3."""
+    head: NoiseHead
+
+    def __call__(self, features: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Noise of energies and forces.
+
+        Args: features: (M, B, A, F).   weights: noise.* with a leading M (other names are ignored).
+        Returns: (M, B) eV and (M, B, A) eV/Å.
+        """
+        force = self.head.force_noise_sd(weights, features, self.force_base_sd)
+        return force.new_full(force.shape[:2], self.energy_sd), force
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Labels of B frames, shared by the members, or (M, B) when each member has its own minibatch."""
+
+    energy: Tensor
+    """([M,] B) eV, offset added."""
+    forces: Tensor
+    """([M,] B, A, 3) eV/Å."""
+    stress: Tensor | None = None
+    """([M,] B, 3, 3) eV/Å^3, ASE's sign; rows without a label hold any finite number."""
+    has_stress: Tensor | None = None
+    """([M,] B) bool; None: every frame has one when `stress` is given."""
+
+    def take(self, index: Tensor) -> Targets:
+        """Targets of a minibatch.  Args: index: (b,) or (M, b) int64 into the B frames of shared labels."""
+        stress = None if self.stress is None else self.stress[index]
+        has_stress = None if self.has_stress is None else self.has_stress[index]
+        return Targets(self.energy[index], self.forces[index], stress, has_stress)
+
+
+def _gaussian(residual: Tensor, sd: Tensor | float) -> Tensor:
+    """Log density of N(residual | 0, sd²), elementwise."""
+    log_sd = sd.log() if isinstance(sd, Tensor) else math.log(sd)
+    return -0.5 * (residual / sd) ** 2 - log_sd - _HALF_LOG_2PI
+
+
+def log_likelihood(
+    energy: Tensor,
+    forces: Tensor,
+    stress: Tensor | None,
+    targets: Targets,
+    energy_noise_sd: Tensor,
+    force_noise_sd: Tensor,
+    stress_noise_sd: float,
+) -> Tensor:
+    """Log-likelihood of each frame: plain sum of Gaussian log densities over all components, constants included.
+
+    log N(E | E_θ, σ_E²) + Σ_i log N(F_i | F_θ,i, σ_i² I_3) + Σ_6 log N(S | S_θ, σ_S²); the six independent components of the
+    symmetric stress count once each, and a frame without a stress label contributes none.
+
+    Args:
+        energy: (M, B) eV.   forces: (M, B, A, 3) eV/Å.   stress: (M, B, 3, 3) eV/Å^3 or None.   targets: the labels.
+        energy_noise_sd: (M, B) eV.   force_noise_sd: (M, B, A) eV/Å.   stress_noise_sd: eV/Å^3.
+    Returns: (M, B).    Raises: ConfigError when the labels have a stress and the prediction has none.
+    """
+    total = _gaussian(energy - targets.energy, energy_noise_sd)
+    total = total + _gaussian(forces - targets.forces, force_noise_sd.unsqueeze(-1)).sum((-2, -1)).to(total.dtype)
+    if targets.stress is None:
+        return total
+    if stress is None:
+        raise ConfigError(
+            "the labels have a stress but the prediction has none; give the model's stress or drop it from the labels"
+        )
+    row, column = _UPPER
+    residual = (stress - targets.stress)[..., row, column]  # (M, B, 6)
+    term = _gaussian(residual, stress_noise_sd).sum(-1)
+    if targets.has_stress is not None:
+        term = torch.where(targets.has_stress, term, torch.zeros_like(term))
+    return total + term.to(total.dtype)

@@ -1,0 +1,57 @@
+"""Transfer-learning prior: independent Gaussians around the foundation model's weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnn_driver.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianPrior:
+    """p(θ) = Π_d N(θ_d | centre_d, sd_d²) over flat weights."""
+
+    centre: Tensor
+    """(D,) foundation weights; 0 for the noise head."""
+    sd: Tensor
+    """(D,) > 0, one standard deviation per weight."""
+
+    def __post_init__(self) -> None:
+        if self.centre.ndim != 1 or self.sd.shape != self.centre.shape:
+            shapes = tuple(self.centre.shape), tuple(self.sd.shape)
+            raise ConfigError(f"the prior needs centre and sd of one shape (D,), but got {shapes[0]} and {shapes[1]}")
+        if not bool((self.sd > 0).all()):
+            raise ConfigError(f"every sd of the prior must be positive, but the smallest is {float(self.sd.min())}")
+
+    def log_density(self, theta: Tensor) -> Tensor:
+        """Log density, constants included.  Args: theta: (M, D).  Returns: (M,)."""
+        z = (theta - self.centre) / self.sd
+        return -0.5 * (z * z).sum(-1) - self.sd.log().sum() - 0.5 * math.log(2 * math.pi) * self.centre.numel()
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """Gradient of the log density, -(θ - centre)/sd².  Args: theta: (M, D).  Returns: (M, D)."""
+        return (self.centre - theta) / self.sd**2
+
+
+def group_sds(sizes: Mapping[str, int], groups: Mapping[str, float], default: float) -> Tensor:
+    """One prior sd per weight from one number per group of names.
+
+    Args: sizes: name -> number of weights, in the order of the flat vector.   groups: name prefix -> sd, the longest fitting
+    prefix holds.   default: sd of all other names.
+    Returns: (D,) float64.    Raises: ConfigError when a prefix fits no name.
+    """
+    unused = [prefix for prefix in groups if not any(name.startswith(prefix) for name in sizes)]
+    if unused:
+        known = sorted({name.split(".")[0] for name in sizes})
+        raise ConfigError(f"no weight's name starts with {unused[0]!r}; the names start with {known}")
+    parts = []
+    for name, size in sizes.items():
+        fitting = [prefix for prefix in groups if name.startswith(prefix)]
+        sd = groups[max(fitting, key=len)] if fitting else default
+        parts.append(torch.full((size,), float(sd), dtype=torch.float64))
+    return torch.cat(parts)

@@ -1,0 +1,123 @@
+"""The command line: each verb parses and calls one loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bnn_driver.errors import BnnError, ConfigError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+ConfigFile = Annotated[Path, typer.Argument(help="the run's TOML file")]
+RunFolder = Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")]
+
+
+@app.command()
+def run(config: ConfigFile) -> None:
+    """Start i-PI on the input, drive it within the promised accuracy; the same command resumes."""
+    from bnn_driver.loops.session import run_session
+    from bnn_driver.report.numbers import render_summary, summary
+
+    folder = run_session(config)
+    typer.echo(render_summary(summary(folder)))
+
+
+@app.command()
+def serve(
+    config: ConfigFile,
+    unix: Annotated[bool, typer.Option("-u", "--unix", help="Unix socket instead of TCP")] = False,
+    address: Annotated[
+        list[str] | None, typer.Option("-a", "--address", help="name or host, as in the XML; may be repeated")
+    ] = None,
+    port: Annotated[int, typer.Option("-p", "--port", help="TCP port")] = 65535,
+    prefix: Annotated[str, typer.Option("-S", "--sockets-prefix", help="as in the XML")] = "/tmp/ipi_",
+    shm: Annotated[bool, typer.Option("--shm", help="shared memory (ffsocket mode='shm')")] = False,
+) -> None:
+    """Drive an i-PI that you started yourself: nothing in its XML but the socket."""
+    from bnn_driver.loops.session import serve_session
+    from bnn_driver.report.numbers import render_summary, summary
+
+    folder = serve_session(
+        config, unix=unix or shm, addresses=address or ["localhost"], port=port, prefix=prefix, shared_memory=shm
+    )
+    typer.echo(render_summary(summary(folder)))
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """What a run has asked, learnt and measured so far; reads only its files."""
+    from bnn_driver.report.numbers import render_summary, summary
+
+    facts = summary(_run_folder(run))
+    typer.echo(json.dumps(facts, indent=2) if as_json else render_summary(facts))
+
+
+@app.command()
+def report(run: RunFolder, output: Annotated[Path, typer.Option("-o", "--output", help="PNG file")] = Path("run.png")) -> None:
+    """Draw the picture of a run."""
+    from bnn_driver.report.figures import run_figure
+
+    run_figure(_run_folder(run), output)
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[str, typer.Option("--to", help="mace | committee | ase")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write")] = Path("exported"),
+) -> None:
+    """Write the members as ordinary .model files, and the labels as one extxyz."""
+    from bnn_driver.loops.export import export_run
+
+    typer.echo(export_run(_run_folder(run), to, output))
+
+
+@app.command()
+def check(config: ConfigFile) -> None:
+    """Validate config, i-PI input, model and oracle settings without running anything."""
+    from bnn_driver.loops.session import check_session
+
+    typer.echo(check_session(config))
+
+
+def _run_folder(path: Path) -> Path:
+    """The run directory behind a TOML file, a run directory, or a folder with a bnn.toml."""
+    from bnn_driver.config import read_config
+
+    file = path / "bnn.toml" if path.is_dir() and not (path / "events").is_dir() else path
+    folder = file.parent / read_config(file).run.directory if file.is_file() else path
+    if not (folder / "events").is_dir():
+        raise ConfigError(f"{path}: no run here (there is no folder {folder / 'events'}); start one with: bnn-driver run CONFIG")
+    return folder
+
+
+def _set_up_logging() -> None:
+    level = os.environ.get("BNN_DRIVER_LOG_LEVEL", "WARNING").upper()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("bnn_driver").addHandler(handler)
+    logging.getLogger("bnn_driver").setLevel(level)
+
+
+def main(arguments: Any = None) -> None:
+    """Entry point: errors of ours end with their exit code and one message, without a traceback."""
+    _set_up_logging()
+    try:
+        app(args=arguments, standalone_mode=True)
+    except BnnError as error:
+        sys.stderr.write(f"bnn-driver: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

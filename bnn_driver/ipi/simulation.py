@@ -1,0 +1,270 @@
+"""i-PI as a process of ours: started on an input or on where it stopped, watched, ended cleanly.
+
+i-PI's exit code is 0 in every case, so what happened is read from its RESTART and its log.  A clean exit leaves RESTART; a
+kill leaves only the last <checkpoint>: the furthest readable file of both is where it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import psutil
+
+from bnn_driver.errors import ConfigError, EnvironmentProblem, IpiGone
+from bnn_driver.ipi.inputs import IpiInput, read_input
+from bnn_driver.ipi.transport import Endpoint, has_listener, remove_stale_socket
+
+__all__ = ["IpiInput", "IpiProcess", "read_input"]
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05
+MARK = "# i-PI started on "
+# ends i-PI (SIGTERM: it writes RESTART) when this process dies, however it dies; the last line closes the race at the start
+LAUNCH = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("the driver died before i-PI started")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class IpiProcess:
+    """One i-PI in one working folder."""
+
+    def __init__(self, xml: Path, folder: Path, log_file: Path) -> None:
+        """Nothing is started yet.
+
+        Args: xml: the user's input.   folder: i-PI's working folder, made if need be: RESTART, EXIT and all outputs lie there.
+            log_file: i-PI's own messages, appended.
+        """
+        self.xml = Path(xml).absolute()
+        self.folder = Path(folder).absolute()
+        self.log_file = Path(log_file).absolute()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> IpiInput:
+        """Start i-PI on the user's input, or where an earlier run in this folder stopped; returns what it runs on.
+
+        Call it from a thread that lives as long as the driver: i-PI is told to end when that thread does.
+        Raises: ConfigError, also when all steps are done; EnvironmentProblem when i-PI or its socket cannot be had.
+        """
+        if self.is_running:
+            raise EnvironmentProblem(f"i-PI already runs in {self.folder} (pid {self._process.pid if self._process else '?'})")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._end_previous()
+        source = self._prepare()
+        effective = read_input(source)
+        if effective.step >= effective.total_steps:
+            raise ConfigError(
+                f"i-PI in {self.folder} has done all {effective.total_steps} steps; raise <total_steps> in {self.xml} to go on"
+            )
+        for endpoint in effective.endpoints:
+            if endpoint.kind == "unix":
+                remove_stale_socket(endpoint.path)
+        (self.folder / "EXIT").unlink(missing_ok=True)
+        self._spawn(source)
+        return effective
+
+    def _spawn(self, source: Path) -> None:
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", LAUNCH, str(os.getpid()), sys.executable, str(_script()), source.name]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+        with self.log_file.open("ab") as stream:
+            stream.write(f"{MARK}{source} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            stream.flush()
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the driver, which then ends i-PI
+            )
+        created = psutil.Process(self._process.pid).create_time()
+        self._pid_file.write_text(json.dumps({"pid": self._process.pid, "created": created}))
+        log.info("i-PI started on %s in %s (pid %d)", source.name, self.folder, self._process.pid)
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.folder / "ipi.pid"
+
+    def _end_previous(self) -> None:
+        """End an i-PI of an earlier driver in this folder; a pid that belongs to another program by now is left alone."""
+        try:
+            record = json.loads(self._pid_file.read_text())
+            previous = psutil.Process(int(record["pid"]))
+            if abs(previous.create_time() - float(record["created"])) < 1.0:
+                log.warning("ending the i-PI that an earlier driver left in %s (pid %d)", self.folder, previous.pid)
+                _end(previous, terminate_seconds=10.0)
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            pass
+        self._pid_file.unlink(missing_ok=True)
+
+    def _prepare(self) -> Path:
+        """The file to run, in the folder, with the files it names."""
+        restart = self._furthest_restart()
+        text = self._copy_named_files(self.xml.read_text(), overwrite=restart is None)
+        if restart is None:
+            target = self.folder / "input.xml"
+            if self.xml.suffix == ".json":
+                target = target.with_suffix(".json")
+        else:
+            total = read_input(self.xml).total_steps  # the user may have raised it
+            text = re.sub(r"<total_steps>[^<]*</total_steps>", f"<total_steps> {total} </total_steps>", restart.read_text())
+            target = self.folder / "restart.xml"
+            log.info("i-PI goes on from %s at step %s", restart.name, _restart_step(restart))
+        if target.exists() and target.samefile(self.xml):
+            return target
+        partial = target.with_name(target.name + ".part")
+        partial.write_text(text)
+        partial.replace(target)
+        return target
+
+    def _furthest_restart(self) -> Path | None:
+        """RESTART or the checkpoint with the largest step; a torn file is passed over."""
+        patterns = ("RESTART", *read_input(self.xml).checkpoint_files)
+        files = {file for pattern in patterns for file in self.folder.glob(pattern)}
+        steps = {file: step for file in sorted(files) if (step := _restart_step(file)) is not None}
+        return max(steps, key=lambda file: (steps[file], file.name == "RESTART"), default=None)
+
+    def _copy_named_files(self, text: str, overwrite: bool) -> str:
+        """Copy every relative file that the input names beside it; names that leave its folder become absolute."""
+        if self.xml.parent == self.folder:
+            return text
+        for name in sorted(set(re.findall(r"[^\s<>='\",:;{}()\[\]]+", text)), key=len, reverse=True):
+            source = self.xml.parent / name
+            if Path(name).is_absolute() or not source.is_file():
+                continue
+            if ".." in Path(name).parts:
+                text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", str(source.resolve()), text)
+            elif overwrite or not (self.folder / name).exists():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, self.folder / name)
+        return text
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the i-PI started here is alive."""
+        return self._process is not None and self._process.poll() is None
+
+    def wait_until_listening(self, effective: IpiInput, timeout: float) -> None:
+        """Wait until i-PI listens on all its sockets.
+
+        Raises: IpiGone with the end of its log when it died, or does not listen within `timeout` (s).
+        """
+        end = time.monotonic() + timeout
+        while not all(self._listens(endpoint) for endpoint in effective.endpoints):
+            if not self.is_running:
+                raise IpiGone(f"i-PI ended before it listened; the end of {self.log_file}:\n{self.tail(15)}")
+            if time.monotonic() > end:
+                raise IpiGone(f"i-PI does not listen after {timeout:g} s; the end of {self.log_file}:\n{self.tail(15)}")
+            time.sleep(POLL_SECONDS)
+
+    def _listens(self, endpoint: Endpoint) -> bool:
+        if endpoint.kind == "unix":
+            return has_listener(endpoint.path)
+        try:
+            connections = psutil.Process(self._process.pid if self._process else -1).net_connections(kind="inet")
+        except (psutil.Error, ValueError):
+            return False
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == endpoint.port for c in connections)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for i-PI to end; False when it still runs after `timeout` (s; None: for ever)."""
+        if self._process is None:
+            return True
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        self._pid_file.unlink(missing_ok=True)
+        return True
+
+    def stop(self, exit_seconds: float, terminate_seconds: float) -> bool:
+        """Ask by an EXIT file, then SIGTERM, then SIGKILL; True when i-PI ended by itself and so left a RESTART.
+
+        Close the client first: i-PI ends only when no call is in flight.
+        """
+        if self._process is None or not self.is_running:
+            return self.wait()
+        exit_file = self.folder / "EXIT"
+        exit_file.touch()
+        clean = self.wait(exit_seconds)
+        if not clean:
+            log.warning("i-PI did not end within %g s of EXIT: terminating it", exit_seconds)
+            clean = _end(psutil.Process(self._process.pid), terminate_seconds)
+        self.wait()
+        exit_file.unlink(missing_ok=True)
+        return clean
+
+    def tail(self, lines: int) -> str:
+        """The last lines of i-PI's log."""
+        return "\n".join(self._log_since_start().splitlines()[-lines:])
+
+    def _log_since_start(self) -> str:
+        if not self.log_file.is_file():
+            return ""
+        return self.log_file.read_text(errors="replace").rpartition(MARK)[2]
+
+    def reached(self) -> int:
+        """Step at which i-PI goes on: that of RESTART or of the furthest checkpoint, or of the input."""
+        restart = self._furthest_restart()
+        return read_input(self.xml).step if restart is None else _restart_step(restart) or 0
+
+    def finished(self) -> bool:
+        """Whether the simulation is complete: all steps done, or converged (an optimisation).
+
+        i-PI logs "reports success" after an EXIT file too, so that line counts only without one.
+        """
+        total = read_input(self.xml).total_steps
+        restart = self._furthest_restart()
+        if restart is not None and (_restart_step(restart) or 0) >= total:
+            return True
+        text = self._log_since_start()
+        cut_short = ("EXIT file detected", "Wall clock time expired", "Maximum wallclock", "Kill signal", "Client shutdown")
+        return not self.is_running and "I-PI reports success" in text and not any(words in text for words in cut_short)
+
+
+def _script() -> Path:
+    """The `i-pi` of this environment.  Raises: EnvironmentProblem without one."""
+    beside = Path(sysconfig.get_path("scripts")) / "i-pi"
+    found = beside if beside.is_file() else shutil.which("i-pi")
+    if found is None:
+        raise EnvironmentProblem("i-PI is not installed in this environment (no script `i-pi`): pip install 'ipi>=3.3'")
+    return Path(found)
+
+
+def _restart_step(file: Path) -> int | None:
+    """Step of a RESTART or checkpoint; None for a torn or empty one."""
+    try:
+        text = ET.parse(file).getroot().findtext("step")
+        return 0 if text is None else int(text)
+    except (OSError, ET.ParseError, ValueError):
+        return None
+
+
+def _end(process: psutil.Process, terminate_seconds: float) -> bool:
+    """SIGTERM, then SIGKILL; True when SIGTERM was enough."""
+    process.terminate()
+    try:
+        process.wait(terminate_seconds)
+    except psutil.TimeoutExpired:
+        log.warning("i-PI (pid %d) does not end by itself: killed, and only its last checkpoint is left", process.pid)
+        process.kill()
+        process.wait(10)
+        return False
+    return True

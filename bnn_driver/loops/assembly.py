@@ -1,0 +1,167 @@
+"""From the config to the parts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ase.data
+import ase.io
+import numpy as np
+import torch
+
+from bnn_driver.active.criteria import EnergyCriterion, ForceCriterion
+from bnn_driver.active.policy import Policy
+from bnn_driver.bayes.calibration import GammaCalibration
+from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
+from bnn_driver.bayes.prior import GaussianPrior
+from bnn_driver.bayes.sghmc import SghmcSettings
+from bnn_driver.bayes.update import UpdateSettings
+from bnn_driver.config import Config
+from bnn_driver.errors import ConfigError
+from bnn_driver.ipi.simulation import IpiInput, read_input
+from bnn_driver.loops.chain_update import Learner
+from bnn_driver.loops.seeds import derive
+from bnn_driver.potential.contract import Potential
+from bnn_driver.potential.ensemble import Ensemble
+from bnn_driver.potential.mace import load_mace
+from bnn_driver.potential.params import layout, repeat_weights
+from bnn_driver.potential.toy import ToyPotential
+from bnn_driver.records import Array, Frames, Generation
+
+TOY = "toy"
+"""[potential] model of the analytic pair potential for rehearsals."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """The foundation potential and the head that predicts its noise."""
+
+    potential: Potential
+    noise: NoiseModel
+    checksum: str
+    """SHA-256 of the model file, or the name of a built-in."""
+
+    def foundation_weights(self) -> dict[str, torch.Tensor]:
+        """θ_0 with the noise head at its centre, no member axis."""
+        head = self.noise.head.init(self.potential.dtype, self.potential.device)
+        return dict(self.potential.weights) | head
+
+
+def read_system(config: Config, base: Path) -> tuple[Frames, IpiInput | None]:
+    """The atoms of the run, from the i-PI input or from [system] structure.
+
+    Raises: ConfigError when neither is given or the file cannot be used.
+    """
+    system = config.system
+    if config.ipi.input:
+        found = read_input(base / config.ipi.input)
+        numbers, positions, cell = found.numbers, found.positions, found.cell
+    elif system.structure:
+        found = None
+        try:
+            atoms = ase.io.read(base / system.structure)
+        except Exception as error:  # ase raises whatever its readers raise
+            raise ConfigError(f"[system] structure: {base / system.structure} cannot be read: {error}") from None
+        numbers, positions, cell = atoms.numbers, atoms.positions, atoms.cell.array
+    else:
+        raise ConfigError("neither [ipi] input nor [system] structure is given: the order of the atoms is unknown")
+    cells = None
+    if system.periodic:
+        if cell is None or abs(np.linalg.det(cell)) < 1e-6:
+            raise ConfigError("[system] periodic = true, but the structure has no cell; set it to false or give a cell")
+        cells = np.asarray(cell, dtype=float)[None]
+    return Frames(np.asarray(numbers), np.asarray(positions, dtype=float)[None], cells, system.charge, system.multiplicity), found
+
+
+def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model:
+    """The foundation potential for atoms of these elements, checked against them.
+
+    Raises: ModelError when the file is none or does not know an element; ConfigError for settings that do not fit.
+    """
+    s = config.potential
+    dtype = getattr(torch, s.dtype)
+    if s.model == TOY:
+        generator = torch.Generator().manual_seed(derive(0, "toy potential"))
+        potential: Potential = ToyPotential(np.unique(numbers).tolist(), dtype=dtype, device=device, generator=generator)
+        checksum = TOY
+    else:
+        file = base / s.model
+        loaded = load_mace(file if file.is_file() else s.model, s.head, device)
+        potential = make_potential(loaded, numbers, dtype, device, s.path)
+        checksum = loaded.sha256
+    head = NoiseHead(potential.n_features, config.ensemble.noise_head)
+    e = config.ensemble
+    noise = NoiseModel(e.energy_noise * config.accuracy.energy, e.force_noise, e.stress_noise, head)
+    return Model(potential, noise, checksum)
+
+
+def make_ensemble(model: Model, generation: Generation, config: Config) -> Ensemble:
+    """The evaluator of one generation."""
+    e = config.ensemble
+    return Ensemble(model.potential, generation.weights, generation.number, model.noise, e.member_chunk, e.skin)
+
+
+def foundation_generation(model: Model, members: int) -> Generation:
+    """Generation 0: the foundation weights for every member."""
+    weights = {k: v.cpu().numpy() for k, v in repeat_weights(model.foundation_weights(), members).items()}
+    return Generation(0, weights, ())
+
+
+def make_learner(model: Model, config: Config) -> Learner:
+    """What the trainer needs to turn labels into weights."""
+    e = config.ensemble
+    centre = model.foundation_weights()
+    table = layout(centre)
+    flat = table.flat({k: v[None] for k, v in centre.items()})[0]
+    settings = UpdateSettings(
+        steps=e.steps_per_update,
+        batch_size=e.batch_size,
+        step_size=e.step_size,
+        sampler=SghmcSettings(e.friction, e.mass_decay, e.mass_floor),
+        temperature=e.temperature,
+        noiseless_fraction=e.noiseless,
+        ramp_fraction=e.ramp,
+        loss_margin=e.loss_margin,
+        temperature_range=e.temperature_range,
+    )
+    prior = GaussianPrior(flat, torch.full_like(flat, e.prior_sd))
+    return Learner(model.potential, model.noise, prior, table, settings, config.run.seed)
+
+
+def make_policy(config: Config, audit_probability: float) -> tuple[Policy, dict[str, GammaCalibration]]:
+    """The promise: its criteria, and the calibration with which each one starts."""
+    a = config.accuracy
+    criteria: list[EnergyCriterion | ForceCriterion] = [EnergyCriterion(a.energy)]
+    if a.forces is not None:
+        criteria.append(ForceCriterion(a.forces))
+    for symbol, limit in a.species.items():
+        if symbol not in ase.data.atomic_numbers:
+            raise ConfigError(f"[accuracy] species: {symbol!r} is no element")
+        criteria.append(ForceCriterion(limit, f"force {symbol}", species=(ase.data.atomic_numbers[symbol],)))
+    criteria.extend(ForceCriterion(group.forces, f"force {name}", atoms=group.atoms) for name, group in a.groups.items())
+    c = config.calibration
+    policy = Policy(tuple(criteria), a.confidence, audit_probability)
+    return policy, {item.name: GammaCalibration(c.a, c.b, c.forgetting) for item in criteria}
+
+
+def physics(config: Config, frames: Frames, model: Model, oracle_facts: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """What must stay the same for as long as a run directory lives."""
+    return {
+        "oracle": fingerprint,
+        "oracle_settings": oracle_facts,
+        "model": model.checksum,
+        "head": config.potential.head,
+        "members": config.ensemble.members,
+        "noise_head": list(config.ensemble.noise_head),
+        "numbers": frames.numbers.tolist(),
+        "periodic": frames.periodic,
+        "charge": frames.charge,
+        "multiplicity": frames.multiplicity,
+    }
+
+
+def use_threads(count: int) -> None:
+    """Threads of this process: more than asked for slows a busy machine down by an order of magnitude."""
+    torch.set_num_threads(count)

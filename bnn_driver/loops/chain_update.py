@@ -1,0 +1,123 @@
+"""One update of all chains: labels and last samples in, next samples out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn_driver.bayes.likelihood import NoiseModel, Targets, log_likelihood
+from bnn_driver.bayes.prior import GaussianPrior
+from bnn_driver.bayes.update import UpdateReport, UpdateSettings, update_chains
+from bnn_driver.loops.seeds import derive
+from bnn_driver.potential.contract import Potential
+from bnn_driver.potential.graph import Graph, build_graph
+from bnn_driver.potential.params import Layout
+from bnn_driver.records import Frames, Generation, LabelledFrame
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What turns labels into weights; nothing in it changes."""
+
+    potential: Potential
+    noise: NoiseModel
+    prior: GaussianPrior
+    layout: Layout
+    settings: UpdateSettings
+    seed: int
+
+
+def update(
+    learner: Learner,
+    previous: Generation,
+    labels: Sequence[LabelledFrame],
+    attempt: int,
+    progress: Callable[[int, Tensor], None] | None = None,
+) -> tuple[Generation, UpdateReport]:
+    """Move every chain over all labels, starting from its own previous sample.
+
+    Args: labels: in the order they came; those that `previous` has not learnt count as the newest.
+        attempt: 0, or the number of the repetition after a diverged update; it changes the seeds only.
+    """
+    potential, number = learner.potential, previous.number + 1
+    theta = learner.layout.flat(
+        {k: torch.as_tensor(v).to(potential.device, potential.dtype) for k, v in previous.weights.items()}
+    )
+    seeds = [derive(learner.seed, "chain", m, "generation", number, "attempt", attempt) for m in range(len(theta))]
+    learnt = set(previous.label_ids)
+    newest = [i for i, item in enumerate(labels) if item.label.frame_id not in learnt]
+    loss = TrainingLoss.build(learner, labels)
+    theta, report = update_chains(
+        theta, learner.prior, loss, len(labels), newest, loss.components, learner.settings, seeds, progress
+    )
+    weights = {k: v.detach().cpu().numpy() for k, v in learner.layout.views(theta).items()}
+    state = {"seeds": seeds, "attempt": attempt, "report": asdict(report)}
+    return Generation(number, weights, tuple(item.label.frame_id for item in labels), state), report
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingLoss:
+    """Negative log-likelihood of minibatches of the labels, one minibatch per chain."""
+
+    learner: Learner
+    graph: Graph
+    targets: Targets
+    volume: Tensor | None
+    """(N,) Å^3 of periodic frames whose labels have a stress."""
+
+    @classmethod
+    def build(cls, learner: Learner, labels: Sequence[LabelledFrame]) -> TrainingLoss:
+        """Graphs and targets of all labels, built once."""
+        potential = learner.potential
+        frames = stack_frames([item.frame for item in labels])
+        offset = energy_offset(labels[0])
+
+        def tensor(values: object, dtype: torch.dtype = potential.dtype) -> Tensor:
+            return torch.as_tensor(np.asarray(values), dtype=dtype, device=potential.device)
+
+        stresses = [item.label.stress for item in labels]
+        has_stress = [frames.periodic and s is not None for s in stresses]
+        stress = volume = None
+        if frames.cell is not None and any(has_stress):
+            stress = tensor([np.zeros((3, 3)) if s is None else s for s in stresses])
+            volume = tensor(np.abs(np.linalg.det(frames.cell)))
+        targets = Targets(
+            tensor([item.label.energy + offset for item in labels], torch.float64),
+            tensor([item.label.forces for item in labels]),
+            stress,
+            None if stress is None else tensor(has_stress, torch.bool),
+        )
+        graph = build_graph(frames, potential.cutoff, potential.dtype, potential.device)
+        return cls(learner, graph, targets, volume)
+
+    @property
+    def components(self) -> int:
+        """Numbers in one label."""
+        return 1 + self.targets.forces[0].numel() + (0 if self.targets.stress is None else 6)
+
+    def __call__(self, theta: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """(M,) weighted sum of -log p over each chain's minibatch.  Args: theta (M, D); index, weight (M, b)."""
+        weights = self.learner.layout.views(theta)
+        result = self.learner.potential.evaluate(weights, self.graph.take(index), create_graph=True)
+        energy_sd, force_sd = self.learner.noise(result.features, weights)
+        stress = None if self.volume is None else -result.virial / self.volume[index][..., None, None]
+        log_p = log_likelihood(
+            result.energy, result.forces, stress, self.targets.take(index), energy_sd, force_sd, self.learner.noise.stress_sd
+        )
+        return -(weight * log_p).sum(dim=1)
+
+
+def energy_offset(first: LabelledFrame) -> float:
+    """eV, E_foundation - E_oracle of the first label: energies are defined up to a constant."""
+    return float(first.context["foundation_energy"] - first.label.energy)
+
+
+def stack_frames(frames: Sequence[Frames]) -> Frames:
+    """One batch of frames of the same atoms."""
+    head = frames[0]
+    cell = None if head.cell is None else np.concatenate([f.cell for f in frames if f.cell is not None])
+    return Frames(head.numbers, np.concatenate([f.positions for f in frames]), cell, head.charge, head.multiplicity)

@@ -1,0 +1,148 @@
+"""From an asked frame to a label on disk: nothing is computed twice, nothing that was computed is lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from bnn_driver.errors import GuardStop, OracleError
+from bnn_driver.executors import frame_from_facts, frame_to_facts
+from bnn_driver.records import Frames, Label, LabelledFrame
+from bnn_driver.store.dataset import LabelStore
+from bnn_driver.store.run import write_atomic
+
+log = logging.getLogger(__name__)
+
+ASKED, AUDIT = 0, 1
+"""Priorities: a held reply goes before an audit."""
+RESTART_TOLERANCE = 1e-6
+"""Å; i-PI's RESTART keeps 9 digits, so the first frame after a restart differs by about 1e-8."""
+
+
+class Executor(Protocol):
+    """What labels frames: `bnn_driver.executors.LocalExecutor`."""
+
+    def submit(self, frame: Frames, *, priority: int = 0) -> Future[Label]:
+        """Label one frame."""
+
+
+class Labelling:
+    """The desk between the driver and the oracle.
+
+    Before a frame is submitted its context is written to `pending/`; the oracle's process writes its result to its spool before
+    it answers; then the label file is written and the pending file removed.  After a kill at any moment `recover` finishes what
+    was begun.
+    """
+
+    def __init__(self, store: LabelStore, executor: Executor, pending: Path, fingerprint: str, max_labels: int | None) -> None:
+        self.store = store
+        self.executor = executor
+        self.pending = pending
+        self.fingerprint = fingerprint
+        self.max_labels = max_labels
+        self._audits: dict[str, tuple[Future[Label], Frames, dict[str, Any]]] = {}
+        pending.mkdir(parents=True, exist_ok=True)
+
+    def known(self, frame: Frames) -> LabelledFrame | None:
+        """The label of this very frame, when there is one (after a restart i-PI asks again)."""
+        return self.store.find(frame, self.fingerprint, RESTART_TOLERANCE)
+
+    def ask(self, frames: Sequence[Frames], contexts: Sequence[dict[str, Any]]) -> list[LabelledFrame]:
+        """Labels of all frames, computed at once; returns when every one is on disk.
+
+        Raises: GuardStop when the budget of labels is spent.  OracleError when one frame could not be labelled; the others are kept.
+        """
+        if self.max_labels is not None and len(self.store) + len(frames) > self.max_labels:
+            raise GuardStop(
+                f"{len(frames)} more labels are needed, but {len(self.store)} of at most {self.max_labels} are spent; "
+                "raise [oracle] max_labels and run the same command again"
+            )
+        futures = [self._submit(frame, context, ASKED) for frame, context in zip(frames, contexts, strict=True)]
+        wait(futures)
+        results, failure = [], None
+        for future, frame, context in zip(futures, frames, contexts, strict=True):
+            try:
+                results.append(self._adopt(frame, future.result(), context))
+            except OracleError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return results
+
+    def audit(self, frame: Frames, context: dict[str, Any]) -> None:
+        """Queue a frame that was served already, behind all that are asked."""
+        if self.max_labels is not None and len(self.store) + len(self._audits) >= self.max_labels:
+            return
+        future = self._submit(frame, context, AUDIT)
+        self._audits[frame.content_id(self.fingerprint)] = (future, frame, context)
+
+    @property
+    def audits_in_flight(self) -> int:
+        """Audits whose label has not come yet."""
+        return len(self._audits)
+
+    def collect(self, on_failure: Callable[[str], None], timeout: float = 0.0) -> list[LabelledFrame]:
+        """Audits that have come back since the last call; waits up to `timeout` seconds for all of them."""
+        if timeout > 0 and self._audits:
+            wait([future for future, _, _ in self._audits.values()], timeout)
+        arrived = []
+        for name in [name for name, (future, _, _) in self._audits.items() if future.done()]:
+            future, frame, context = self._audits.pop(name)
+            try:
+                arrived.append(self._adopt(frame, future.result(), context))
+            except OracleError as error:
+                self._pending_file(name).unlink(missing_ok=True)
+                on_failure(f"audit of step {context['step']}: {type(error).__name__}: {error}")
+        return arrived
+
+    def recover(self, finished: Callable[[str], Label | None]) -> list[LabelledFrame]:
+        """Finish what a killed run had begun.
+
+        Args: finished: frame id -> the label that the oracle's process wrote before the end, or None.
+        Frames whose label is complete are adopted; audits go on; an asked frame without a label is asked again by the run itself.
+        """
+        adopted = []
+        for file in sorted(self.pending.glob("*.json")):
+            frame, context = _read_pending(file)
+            label = finished(file.stem)
+            if label is not None:
+                adopted.append(self._adopt(frame, label, context))
+            elif context["audit"]:
+                self.audit(frame, context)
+            else:
+                file.unlink()
+        return adopted
+
+    def _submit(self, frame: Frames, context: dict[str, Any], priority: int) -> Future[Label]:
+        name = frame.content_id(self.fingerprint)
+        write_atomic(self._pending_file(name), _pending_text(frame, context).encode())
+        return self.executor.submit(frame, priority=priority)
+
+    def _adopt(self, frame: Frames, label: Label, context: dict[str, Any]) -> LabelledFrame:
+        number = self.store.write(LabelledFrame(frame, label, context))
+        self._pending_file(label.frame_id).unlink(missing_ok=True)
+        log.info("label %d at step %s (%s): %.1f s", number, context["step"], context["criterion"], label.seconds)
+        return self.store.read(number)
+
+    def _pending_file(self, name: str) -> Path:
+        return self.pending / f"{name}.json"
+
+
+def _pending_text(frame: Frames, context: dict[str, Any]) -> str:
+    facts = {
+        "frame": frame_to_facts(frame),
+        "arrays": {k: v.tolist() for k, v in context.items() if isinstance(v, np.ndarray)},
+        "scalars": {k: v for k, v in context.items() if not isinstance(v, np.ndarray)},
+    }
+    return json.dumps(facts)
+
+
+def _read_pending(file: Path) -> tuple[Frames, dict[str, Any]]:
+    facts = json.loads(file.read_text())
+    return frame_from_facts(facts["frame"]), facts["scalars"] | {k: np.array(v, dtype=float) for k, v in facts["arrays"].items()}

@@ -1,0 +1,264 @@
+"""A run from its first to its last second: who is started when, and who is stopped how."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+
+from bnn_driver.config import Config, read_config
+from bnn_driver.errors import CleanStop, ConfigError, IpiGone
+from bnn_driver.executors import LocalExecutor, read_done
+from bnn_driver.ipi.client import Client
+from bnn_driver.ipi.simulation import IpiInput, IpiProcess
+from bnn_driver.ipi.transport import Endpoint
+from bnn_driver.loops.assembly import (
+    Model,
+    foundation_generation,
+    load_model,
+    make_ensemble,
+    make_policy,
+    physics,
+    read_system,
+    use_threads,
+)
+from bnn_driver.loops.driver import Driver, DriverSettings, StepCounter
+from bnn_driver.loops.labelling import Labelling
+from bnn_driver.loops.progress import Progress
+from bnn_driver.loops.trainer import TrainerProcess
+from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle
+from bnn_driver.records import Frames
+from bnn_driver.store import weights
+from bnn_driver.store.dataset import LabelStore
+from bnn_driver.store.run import EventLog, RunDirectory
+
+log = logging.getLogger(__name__)
+
+GATHER_SECONDS = 2e-3
+"""How long a request of one connection waits for those of the others."""
+STOP_SECONDS = 30.0
+"""How long i-PI may take to write its RESTART."""
+DEFAULT_AUDIT_PROBABILITY = 1e-3
+"""When the number of steps is unknown and none is configured."""
+
+
+def run_session(config_file: Path) -> Path:
+    """Start i-PI, drive it to its last step, and return the run directory; the same call resumes.
+
+    Raises: CleanStop on Ctrl-C or SIGTERM; every other error of `bnn_driver.errors`.
+    """
+    config, base = read_config(config_file), config_file.absolute().parent
+    if not config.ipi.input:
+        raise ConfigError(f"{config_file}: ipi.input is missing: `run` starts i-PI on it; with `serve` you start i-PI yourself")
+    run = RunDirectory(base / config.run.directory)
+    with run.lock("driver"), ExitStack() as stack:
+        frames, ipi_input = read_system(config, base)
+        if ipi_input is None:
+            raise ConfigError(f"{config_file}: ipi.input names no i-PI input")
+        simulation = IpiProcess(base / config.ipi.input, run.ipi_dir, run.log_dir / "ipi.log")
+        done = simulation.reached()
+        session = stack.enter_context(_open(config, config_file, run, frames, ipi_input, done))
+        if simulation.finished():
+            session.driver.finish(config.oracle.timeout)
+            return run.path
+        stack.callback(simulation.stop, STOP_SECONDS, STOP_SECONDS)
+        simulation.start()
+        client = _client(config, ipi_input.endpoints, ipi_input.shared_memory, session.driver)
+        with _stop_signals():
+            session.serve(client)
+        simulation.wait(STOP_SECONDS)
+        if not simulation.finished():
+            raise IpiGone(
+                f"i-PI ended at step {simulation.reached()} of {ipi_input.total_steps}; see {simulation.log_file}. "
+                f"The same command goes on from there. The end of its log:\n{simulation.tail(15)}"
+            )
+        session.finish(config.oracle.timeout, "finished")
+    return run.path
+
+
+def serve_session(config_file: Path, *, unix: bool, addresses: list[str], port: int, prefix: str, shared_memory: bool) -> Path:
+    """Drive an i-PI that somebody else started, until it says EXIT.  Raises: as `run_session`."""
+    config, base = read_config(config_file), config_file.absolute().parent
+    run = RunDirectory(base / config.run.directory)
+    endpoints = [Endpoint("unix", a, prefix=prefix) if unix else Endpoint("inet", a, port) for a in addresses]
+    with run.lock("driver"):
+        frames, ipi_input = read_system(config, base)
+        with _open(config, config_file, run, frames, ipi_input, 0) as session, _stop_signals():
+            session.serve(_client(config, endpoints, shared_memory, session.driver))
+            session.finish(config.oracle.timeout, "i-PI said EXIT")
+    return run.path
+
+
+def check_session(config_file: Path) -> str:
+    """Everything that can be validated without running: config, i-PI input, model, oracle settings, one prediction."""
+    config, base = read_config(config_file), config_file.absolute().parent
+    use_threads(config.potential.threads)
+    frames, ipi_input = read_system(config, base)
+    oracle = load_oracle(config.oracle.kind, config.oracle.options)
+    oracle.check(frames)
+    model = load_model(config, base, frames.numbers, config.potential.device)
+    generation = foundation_generation(model, config.ensemble.members)
+    ensemble = make_ensemble(model, generation, config)
+    ensemble.predict(frames)
+    begin = time.monotonic()
+    ensemble.predict(frames)
+    milliseconds = 1e3 * (time.monotonic() - begin)
+    where = ", ".join(str(e) for e in ipi_input.endpoints) if ipi_input else "given to serve"
+    sampled = sum(x.numel() for x in model.foundation_weights().values())
+    return "\n".join(
+        [
+            f"atoms      {len(frames.numbers)}, {'periodic' if frames.periodic else 'molecule'}, charge {frames.charge:+d}, "
+            f"multiplicity {frames.multiplicity}",
+            f"i-PI       {where}; {ipi_input.n_beads if ipi_input else '?'} beads, {ipi_input.total_steps if ipi_input else '?'} steps",
+            f"potential  {config.potential.model}: {model.potential.path}",
+            f"sampled    {sampled} weights per member, {config.ensemble.members} members, {milliseconds:.1f} ms per prediction",
+            *(f"fixed      {reason}" for reason in model.potential.never_sampled),
+            f"oracle     {oracle.code}, fingerprint {fingerprint(oracle)[:12]}",
+            "everything that can be checked without running is in order",
+        ]
+    )
+
+
+@dataclass
+class Session:
+    """The parts of a run while it lives."""
+
+    driver: Driver
+    events: EventLog
+    progress: Progress
+
+    def serve(self, client: Client) -> None:
+        """Answer i-PI until it ends.  Raises: CleanStop on Ctrl-C or SIGTERM."""
+        try:
+            client.serve()
+        except KeyboardInterrupt:
+            client.close()
+            self.finish(0.0, "stopped on request")
+            raise CleanStop("stopped on request; the same command goes on") from None
+        except Exception as error:
+            client.close()
+            self.finish(0.0, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.progress.finish()
+
+    def finish(self, audit_timeout: float, reason: str) -> None:
+        """Take the audits that are still in flight and close the books."""
+        if audit_timeout > 0 and self.driver.labelling.audits_in_flight:
+            self.progress.show(self.driver.step, f"waiting for {self.driver.labelling.audits_in_flight} audits", force=True)
+        self.driver.finish(audit_timeout)
+        self.events.append("stop", reason=reason, step=self.driver.step)
+        self.progress.finish()
+
+
+@contextlib.contextmanager
+def _open(
+    config: Config, config_file: Path, run: RunDirectory, frames: Frames, ipi_input: IpiInput | None, done: int
+) -> Iterator[Session]:
+    """All parts but i-PI, warm and ready; stopped when the context ends."""
+    use_threads(config.potential.threads)
+    oracle = load_oracle(config.oracle.kind, config.oracle.options)
+    oracle.check(frames)
+    model = load_model(config, config_file.absolute().parent, frames.numbers, config.potential.device)
+    with ExitStack() as stack:
+        events = stack.enter_context(EventLog(run.events_dir))
+        facts = physics(config, frames, model, oracle.physics(), fingerprint(oracle))
+        run.fix_settings(_effective(config), facts, events)
+        events.append("start", step=done, config=str(config_file))
+        foundation = foundation_generation(model, config.ensemble.members)
+        if weights.latest(run.generations_dir) is None:
+            weights.publish(run.generations_dir, foundation)
+        trainer = TrainerProcess(config_file.absolute(), run, config.trainer.threads)
+        trainer.start()
+        stack.callback(trainer.stop)
+        labelling = _labelling(config, run, oracle, stack)
+        progress = Progress(ipi_input.total_steps if ipi_input else None, done)
+        driver = _driver(config, frames, ipi_input, done, model, trainer, labelling, events, progress)
+        driver.ensemble.predict(frames)
+        driver.foundation.predict(frames)
+        yield Session(driver, events, progress)
+
+
+def _labelling(config: Config, run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
+    o = config.oracle
+    spool = run.oracle_dir / "spool"
+    limits = Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
+    executor = LocalExecutor(o.kind, o.options, o.workers, o.timeout, run.oracle_dir / "work", o.threads, spool, limits=limits)
+    stack.callback(executor.shutdown, wait=False)
+    name = fingerprint(oracle)
+    labelling = Labelling(LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, o.max_labels)
+    labelling.recover(lambda frame_id: read_done(spool, frame_id))
+    return labelling
+
+
+def _driver(
+    config: Config,
+    frames: Frames,
+    ipi_input: IpiInput | None,
+    done: int,
+    model: Model,
+    trainer: TrainerProcess,
+    labelling: Labelling,
+    events: EventLog,
+    progress: Progress,
+) -> Driver:
+    n_beads = ipi_input.n_beads if ipi_input else 1
+    batched = ipi_input is not None and ipi_input.batch_size > 1
+    settings = DriverSettings(
+        frames.numbers, frames.periodic, frames.charge, frames.multiplicity, batched, config.sanity.min_distance,
+        config.sanity.max_force, config.trainer.max_lag, config.output.stride, config.output.extras, config.run.seed,
+    )  # fmt: skip
+    policy, calibrations = make_policy(config, _audit_probability(config, ipi_input))
+    ensemble = make_ensemble(model, trainer.load(trainer.newest()), config)
+    foundation = make_ensemble(model, foundation_generation(model, 1), config)
+    counter = StepCounter(n_beads, done)
+    return Driver(settings, ensemble, foundation, policy, calibrations, labelling, trainer, events, counter, progress.show)
+
+
+def _audit_probability(config: Config, ipi_input: IpiInput | None) -> float:
+    """Chance that a served frame is audited."""
+    if config.audit.probability is not None:
+        return config.audit.probability
+    if ipi_input is None or not ipi_input.total_steps:
+        return DEFAULT_AUDIT_PROBABILITY
+    return min(1.0, config.audit.expected / (ipi_input.total_steps * ipi_input.n_beads))
+
+
+def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], shared_memory: bool, driver: Driver) -> Client:
+    return Client(
+        endpoints,
+        driver.respond,
+        shared_memory=shared_memory,
+        connect_timeout=config.ipi.connect_timeout,
+        reconnects=config.ipi.reconnects,
+        gather_seconds=GATHER_SECONDS,
+    )
+
+
+def _effective(config: Config) -> dict[str, object]:
+    """Settings in use, with the versions and thread counts that belong to them."""
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "torch_threads": torch.get_num_threads()}
+    return config.model_dump(mode="json") | {"versions": versions}
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM stops like Ctrl-C: sockets are closed at once, so that i-PI can write its RESTART."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,152 @@
+"""The process that moves the chains; it shares nothing with the driver but the run directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from bnn_driver.errors import DivergedError, EnvironmentProblem
+from bnn_driver.loops.chain_update import Learner, update
+from bnn_driver.records import Generation
+from bnn_driver.store import weights
+from bnn_driver.store.dataset import LabelStore
+from bnn_driver.store.run import EventLog, RunDirectory, write_atomic
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02
+FAILED = "failed.json"
+"""In generations/: the labels whose update diverged, so that nobody waits for it."""
+
+
+def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int) -> None:
+    """Learn every label that appears, for ever; the parent process ends it."""
+    store = LabelStore(run.labels_dir)
+    events = EventLog(run.events_dir)
+    while True:
+        store.refresh()
+        latest = weights.latest(run.generations_dir)
+        previous = weights.load(run.generations_dir, 0 if latest is None else latest)
+        labels = store.all()
+        known = set(previous.label_ids) | failed_labels(run.generations_dir)
+        if all(item.label.frame_id in known for item in labels):
+            time.sleep(POLL_SECONDS)
+            continue
+        generation = _try_update(learner, previous, store, events, retries)
+        if generation is None:
+            ids = [item.label.frame_id for item in labels]
+            write_atomic(run.generations_dir / FAILED, json.dumps(ids).encode())
+        else:
+            weights.publish(run.generations_dir, generation)
+            weights.prune(run.generations_dir, keep)
+
+
+def _try_update(learner: Learner, previous: Generation, store: LabelStore, events: EventLog, retries: int) -> Generation | None:
+    """The next generation, or None when every attempt diverged; each failure is said and recorded."""
+    labels = store.all()
+    for attempt in range(retries + 1):
+        begin = time.monotonic()
+        generation, report = update(learner, previous, labels, attempt)
+        seconds = time.monotonic() - begin
+        facts = asdict(report) if report.finite else {"reason": report.reason}
+        events.append("update", generation=generation.number, labels=len(labels), seconds=seconds, attempt=attempt, **facts)
+        if not report.diverged:
+            return generation
+        events.append("warning", message=f"update {generation.number} diverged and is discarded: {report.reason}")
+        log.warning("update %d diverged and is discarded: %s", generation.number, report.reason)
+    return None
+
+
+def failed_labels(folder: Path) -> set[str]:
+    """Ids of the labels of the last update that diverged."""
+    file = folder / FAILED
+    return set(json.loads(file.read_text())) if file.exists() else set()
+
+
+def end_with_parent() -> None:
+    """End this process at once when standard input closes, which it does when the parent is gone, however it ended."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@dataclass
+class TrainerProcess:
+    """The driver's view of the trainer: starts it, restarts it when it died, and waits for its generations."""
+
+    config: Path
+    run: RunDirectory
+    threads: int
+    restarts: int = 3
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Start the process; its output goes to log/trainer.log."""
+        environment = os.environ | {
+            name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        }
+        with (self.run.log_dir / "trainer.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bnn_driver.loops.trainer_main", str(self.config), str(self.run.path)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=environment,
+            )
+
+    def stop(self) -> None:
+        """End the process; an update under way is repeated at the next start."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def newest(self) -> int:
+        """Number of the newest published generation."""
+        return weights.latest(self.run.generations_dir) or 0
+
+    def load(self, number: int) -> Generation:
+        """A published generation."""
+        return weights.load(self.run.generations_dir, number)
+
+    def wait_until_learnt(self, label_ids: set[str], allowed_lag: int) -> None:
+        """Return when at most `allowed_lag` labels are neither learnt nor given up.
+
+        Raises: DivergedError when no generation but the foundation model exists and its update diverged.
+        """
+        seen = -1
+        learnt: set[str] = set()
+        while True:
+            number = self.newest()
+            if number != seen:
+                seen, learnt = number, set(self.load(number).label_ids)
+            failed = failed_labels(self.run.generations_dir)
+            if len(label_ids - learnt - failed) <= allowed_lag:
+                if number == 0 and label_ids and label_ids <= failed:
+                    raise DivergedError(
+                        f"the first update of the chains diverged; see {self.run.log_dir / 'trainer.log'} and lower [ensemble] step_size"
+                    )
+                return
+            self._keep_alive()
+            time.sleep(POLL_SECONDS)
+
+    def _keep_alive(self) -> None:
+        if self._process is None or self._process.poll() is None:
+            return
+        if self.restarts == 0:
+            tail = (self.run.log_dir / "trainer.log").read_text(errors="replace")[-2000:]
+            raise EnvironmentProblem(f"the trainer process ended again and again; the end of its log:\n{tail}")
+        log.warning("the trainer process ended with status %s; starting it again", self._process.returncode)
+        self.restarts -= 1
+        self.start()

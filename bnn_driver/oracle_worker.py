@@ -1,0 +1,87 @@
+"""The child process of an executor: one oracle, one frame at a time, until the driver is gone.
+
+Started as `python -m bnn_driver.oracle_worker PARENT_PID`; messages come on standard input and answers leave on what was standard
+output, which codes that print can no longer reach.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from bnn_driver.executors import frame_from_facts, receive, send
+from bnn_driver.oracle import Limits, Oracle, fingerprint, label, load_oracle, write_done, write_failed
+from bnn_driver.records import Frames
+
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
+
+
+def main() -> None:
+    """Serve until the end of standard input or of the parent."""
+    questions, answers = _take_channel()
+    _die_with(int(sys.argv[1]))
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(questions, requests), daemon=True).start()
+    hello = requests.get()
+    spool, limits = Path(hello["spool"]), Limits(**hello["limits"])
+    try:
+        oracle = load_oracle(hello["kind"], hello["settings"])
+    except Exception as error:  # the border of a process: the driver must hear of it
+        send(answers, _failure(error))
+        return
+    send(answers, {})
+    while True:
+        send(answers, _serve(oracle, frame_from_facts(requests.get()["frame"]), spool, limits))
+
+
+def _serve(oracle: Oracle, frame: Frames, spool: Path, limits: Limits) -> dict[str, Any]:
+    try:
+        write_done(spool, label(oracle, frame, limits))
+    except Exception as error:  # as above
+        write_failed(spool, frame.content_id(fingerprint(oracle)), error)
+        return _failure(error)
+    return {}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    traceback.print_exception(error)
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def _take_channel() -> tuple[int, int]:
+    """Keep the channel for ourselves: a code that prints reaches the log, one that reads finds nothing."""
+    questions, answers = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return questions, answers
+
+
+def _die_with(parent: int) -> None:
+    """End when the driver ends, even inside a library that never returns (Linux; elsewhere `_listen` must do)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _listen(questions: int, requests: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Hand on the messages; at their end, end the whole group at once."""
+    while True:
+        try:
+            requests.put(receive(questions))
+        except (EOFError, OSError):
+            os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

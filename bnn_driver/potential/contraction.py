@@ -1,0 +1,162 @@
+"""MACE's symmetric contraction as a sparse polynomial per channel, evaluated by two small matrix products.
+
+out_w = Σ_ν Σ U_ν[w, i_1..i_ν, k] W_ν[k] x_{i_1}..x_{i_ν} has few distinct monomials once U is symmetrised (for lmax 3, ν = 3,
+scalar output: 94 of 94,208).  Each monomial of degree <= 3, padded with the constant 1, is split into a pair and a single,
+the pairs chosen so that few serve all (greedy cover):
+
+    out_w = Σ_pairs (x_a x_b) Σ_i V[i, pair] x_i,        V = T W,
+
+T the symmetrised coupling coefficients.  V depends on weights alone.  (Batatia et al., NeurIPS 2022, eq. 10 and 11.)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn_driver.records import Array
+
+Monomial = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Coupling coefficients of one output irrep."""
+
+    weights: tuple[str, ...]
+    """Names of W_ν, each (elements, k_ν, channels), in the order of `tensors`."""
+    tensors: tuple[Array, ...]
+    """U_ν as (2l+1, n, ..., n, k_ν), ν indices of n components."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """Tables of one layer.  n components, R outputs over all output irreps, P pairs."""
+
+    couplings: tuple[Coupling, ...]
+    tables: tuple[Tensor, ...]
+    """Per output irrep: T (k, (n+1)·P_L)."""
+    pairs: tuple[int, ...]
+    """P_L."""
+    select: Tensor
+    """(n+1, 2P): ones that pick the two factors of each pair."""
+    segments: Tensor | None
+    """(P, R): ones that add the pairs of each output; None when there is one output."""
+    components: int
+
+    @property
+    def outputs(self) -> int:
+        """R."""
+        return 1 if self.segments is None else self.segments.shape[1]
+
+    def pair_weights(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
+        """V of every element.  Args: weights: per output irrep and ν: (M, E, k_ν, C).  Returns: (E, M, C, n+1, P)."""
+        parts = []
+        for table, pairs, group in zip(self.tables, self.pairs, weights, strict=True):
+            w = torch.cat(list(group), dim=2).permute(1, 0, 3, 2)
+            parts.append(torch.matmul(w, table).view(*w.shape[:3], self.components + 1, pairs))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def __call__(self, x: Tensor, pair_weights: Tensor, slices: Sequence[tuple[int, int, int]]) -> Tensor:
+        """out (M, C, N, R).
+
+        Args: x: (M, C, N, n+1), the last component 1.   pair_weights: (E, M, C, n+1, P).
+            slices: (element, first node, last node + 1), nodes being sorted by element.
+        """
+        single = [torch.matmul(x[:, :, a:b], pair_weights[e]) for e, a, b in slices]
+        inner = single[0] if len(single) == 1 else torch.cat(single, dim=2)
+        factors = torch.matmul(x, self.select)
+        pairs = inner.shape[-1]
+        terms = factors[..., :pairs] * factors[..., pairs:] * inner
+        return terms.sum(dim=-1, keepdim=True) if self.segments is None else torch.matmul(terms, self.segments)
+
+
+def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device: torch.device) -> Contraction:
+    """Symmetrise and factorise the coupling tensors of one layer."""
+    n = couplings[0].tensors[0].shape[1]
+    tables, counts, all_pairs, owner = [], [], [], []
+    for coupling in couplings:
+        first = max(owner, default=-1) + 1
+        rows, pairs = _factorised(coupling.tensors, n)
+        k = sum(u.shape[-1] for u in coupling.tensors)
+        table = np.zeros((k, n + 1, len(pairs)))
+        for (single, pair), coefficients in rows.items():
+            table[:, single, pair] += coefficients
+        tables.append(table.reshape(k, -1))
+        counts.append(len(pairs))
+        all_pairs += [pair for _, pair in pairs]
+        owner += [first + output for output, _ in pairs]
+    p = len(all_pairs)
+    select, segments = np.zeros((n + 1, 2 * p)), np.zeros((p, max(owner) + 1))
+    for q, (a, b) in enumerate(all_pairs):
+        select[a, q] = select[b, p + q] = 1.0
+        segments[q, owner[q]] = 1.0
+
+    def tensor(x: Array) -> Tensor:
+        return torch.as_tensor(x, dtype=dtype, device=device)
+
+    one = segments.shape[1] == 1
+    return Contraction(
+        tuple(couplings), tuple(tensor(t) for t in tables), tuple(counts), tensor(select), None if one else tensor(segments), n
+    )
+
+
+Pair = tuple[int, tuple[int, int]]
+
+
+def _factorised(tensors: Sequence[Array], n: int) -> tuple[dict[tuple[int, int], Array], list[Pair]]:
+    """(single, pair number) -> coefficients (k,), and the pairs (output, (a, b)) of one output irrep.
+
+    Every output keeps at least one pair, so that an output that symmetry forbids is zero and not missing.
+    """
+    rows: dict[tuple[int, int], Array] = {}
+    pairs: list[Pair] = []
+    for output, monomials in enumerate(_monomials(tensors, n)):
+        place: dict[tuple[int, int], int] = {}
+        for monomial, (single, pair) in _cover(list(monomials)).items():
+            if pair not in place:
+                place[pair] = len(pairs)
+                pairs.append((output, pair))
+            rows[single, place[pair]] = monomials[monomial]
+        if not monomials:
+            pairs.append((output, (n, n)))
+    return rows, pairs
+
+
+def _monomials(tensors: Sequence[Array], n: int) -> list[dict[Monomial, Array]]:
+    """Per output: sorted component indices (n stands for 1) -> coefficients (k,) over the weights of all ν."""
+    k = sum(u.shape[-1] for u in tensors)
+    out: list[dict[Monomial, Array]] = [defaultdict(lambda: np.zeros(k)) for _ in range(tensors[0].shape[0])]
+    first = 0
+    for u in tensors:
+        nu, width = u.ndim - 2, u.shape[-1]
+        for index in np.argwhere(np.abs(u).max(axis=-1) > 1e-12):
+            components = sorted([int(i) for i in index[1:]] + [n] * (3 - nu))
+            out[index[0]][(components[0], components[1], components[2])][first : first + width] += u[tuple(index)]
+        first += width
+    return [{m: c for m, c in terms.items() if np.abs(c).max() > 1e-12} for terms in out]
+
+
+def _cover(monomials: Sequence[Monomial]) -> dict[Monomial, tuple[int, tuple[int, int]]]:
+    """Monomial -> (single, pair), with few distinct pairs: greedy set cover."""
+    users: dict[tuple[int, int], set[Monomial]] = defaultdict(set)
+    for m in monomials:
+        for a, b in itertools.combinations(range(3), 2):
+            users[m[a], m[b]].add(m)
+    out: dict[Monomial, tuple[int, tuple[int, int]]] = {}
+    left = set(monomials)
+    while left:
+        pair = max(sorted(users), key=lambda p: len(users[p] & left))
+        for m in sorted(users[pair] & left):
+            rest = list(m)
+            rest.remove(pair[0])
+            rest.remove(pair[1])
+            out[m] = (rest[0], pair)
+        left -= users[pair]
+    return out

@@ -1,0 +1,148 @@
+"""The evaluator: M members on B frames at a time, neighbour lists kept while they are valid."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn_driver.errors import ModelError
+from bnn_driver.potential.contract import Evaluation, Potential
+from bnn_driver.potential.graph import Graph, build_graph
+from bnn_driver.records import Array, Frames, Prediction
+
+logger = logging.getLogger(__name__)
+
+NOISE_PREFIX = "noise."
+Noise = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Listed:
+    """Where the neighbour list was built, and the list."""
+
+    frames: Frames
+    graph: Graph
+
+
+class Ensemble:
+    """M members of one potential; `swap` replaces all of them between two predictions."""
+
+    def __init__(
+        self,
+        potential: Potential,
+        weights: Mapping[str, Tensor | Array],
+        generation: int,
+        noise: Noise | None,
+        member_chunk: int,
+        skin: float,
+    ) -> None:
+        """Args: weights: name -> (M, ...), with the weights of the noise head under "noise.".
+        noise: (features (M, B, A, F), noise weights) -> energy sd (M, B) eV and force sd (M, B, A) eV/Å; None: 0.
+        member_chunk: members evaluated together (1 is best on a CPU for all but tiny networks, M on a GPU).
+        skin: Å beyond the cutoff; a list serves until an atom has moved by half of it. 0: a list per call.
+        """
+        if member_chunk < 1 or skin < 0:
+            raise ModelError(f"member_chunk must be at least 1 and skin at least 0, but got {member_chunk} and {skin}")
+        self.potential = potential
+        self.noise = noise
+        self.skin = skin
+        self.member_chunk = member_chunk
+        self._listed: _Listed | None = None
+        self.swap(weights, generation)
+
+    def swap(self, weights: Mapping[str, Tensor | Array], generation: int) -> None:
+        """Take other weights for all members.
+
+        Raises: ModelError when a name is missing or unknown, or a shape is wrong.
+        """
+        tensors = {name: self._tensor(x) for name, x in weights.items()}
+        network = {name: x for name, x in tensors.items() if not name.startswith(NOISE_PREFIX)}
+        self.members = _check(network, self.potential.weights, generation)
+        chunks = []
+        for first in range(0, self.members, self.member_chunk):
+            rows = slice(first, first + self.member_chunk)
+            with torch.no_grad():
+                prepared = self.potential.prepare({name: x[rows] for name, x in network.items()})
+            head = {name: x[rows] for name, x in tensors.items() if name.startswith(NOISE_PREFIX)}
+            chunks.append((prepared, head))
+        self._chunks = chunks
+        self.generation = generation
+        logger.info("generation %d: %d members in %d chunks", generation, self.members, len(chunks))
+
+    def predict(self, frames: Frames) -> Prediction:
+        """What every member says about every frame.
+
+        Raises: ModelError when the frames have an element that the potential does not know.
+        """
+        graph = self._graph(frames)
+        parts = []
+        for prepared, head in self._chunks:
+            evaluation = self.potential.evaluate(prepared, graph)
+            parts.append((evaluation, *self._noise_sd(evaluation, head)))
+        evaluations = [part[0] for part in parts]
+        return Prediction(
+            energy=_numpy([e.energy for e in evaluations]),
+            forces=_numpy([e.forces for e in evaluations]),
+            virial=_numpy([e.virial for e in evaluations]),
+            energy_noise_sd=_numpy([part[1] for part in parts]),
+            force_noise_sd=_numpy([part[2] for part in parts]),
+            generation=self.generation,
+        )
+
+    def _noise_sd(self, evaluation: Evaluation, head: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.noise is None:
+            return torch.zeros_like(evaluation.energy), evaluation.forces.new_zeros(evaluation.forces.shape[:-1])
+        with torch.no_grad():
+            return self.noise(evaluation.features, head)
+
+    def _tensor(self, x: Tensor | Array) -> Tensor:
+        return torch.as_tensor(x).detach().to(self.potential.device, self.potential.dtype)
+
+    def _graph(self, frames: Frames) -> Graph:
+        unknown = sorted({int(z) for z in frames.numbers} - set(self.potential.elements))
+        if unknown:
+            raise ModelError(f"the potential knows the elements {self.potential.elements}, the frames also have {unknown}")
+        if self._listed is not None and _still_valid(self._listed.frames, frames, self.skin):
+            return self._listed.graph.with_positions(torch.as_tensor(frames.positions))
+        cutoff = self.potential.cutoff + self.skin
+        graph = build_graph(frames, cutoff, self.potential.dtype, self.potential.device)
+        self._listed = _Listed(frames, graph)
+        return graph
+
+
+def _still_valid(listed: Frames, frames: Frames, skin: float) -> bool:
+    """True when no atom has moved by half the skin since the list was made, so that no neighbour is missed."""
+    same = listed.positions.shape == frames.positions.shape and np.array_equal(listed.numbers, frames.numbers)
+    if not same or (listed.cell is None) != (frames.cell is None):
+        return False
+    if listed.cell is not None and not np.array_equal(listed.cell, frames.cell):
+        return False
+    moved = ((frames.positions - listed.positions) ** 2).sum(axis=-1)
+    return bool(moved.max(initial=0.0) < (0.5 * skin) ** 2)
+
+
+def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], generation: int) -> int:
+    """Number of members, after names and shapes were compared with θ_0."""
+    odd = sorted(set(weights) ^ set(expected))
+    if odd:
+        raise ModelError(
+            f"the weights of generation {generation} do not fit the potential: {len(odd)} names differ, such as {odd[:3]}. "
+            "They were made with another model, other elements or another head."
+        )
+    members = len(next(iter(weights.values())))
+    for name, x in weights.items():
+        if tuple(x.shape) != (members, *expected[name].shape):
+            raise ModelError(
+                f"weight {name} of generation {generation} has shape {tuple(x.shape)}, "
+                f"expected ({members}, {', '.join(str(n) for n in expected[name].shape)})"
+            )
+    return members
+
+
+def _numpy(parts: list[Tensor]) -> Array:
+    return torch.cat(parts).detach().to("cpu", torch.float64).numpy()

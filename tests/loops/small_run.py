@@ -1,0 +1,99 @@
+"""A small run: toy potential, toy oracle, real i-PI."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+WATER = """3
+# CELL(abcABC): 20.0 20.0 20.0 90.0 90.0 90.0 cell{angstrom} positions{angstrom}
+O  10.000  10.000  10.000
+H  10.757  10.586  10.000
+H   9.243  10.586  10.000
+"""
+
+INPUT = """<simulation verbosity='low' threading='false' safe_stride='1' floatformat='%24.16e'>
+  <output prefix='simulation'>
+    <properties stride='1' filename='out'> [step, conserved{{electronvolt}}, potential{{electronvolt}}] </properties>
+    <checkpoint stride='5'/>
+  </output>
+  <total_steps>{steps}</total_steps>
+  <prng><seed>11</seed></prng>
+  <ffsocket name='bnn' mode='unix' pbc='false'><address>{address}</address>{batch}</ffsocket>
+  <system>
+    <initialize nbeads='{beads}'>
+      <file mode='xyz' units='angstrom'> init.xyz </file>
+      <velocities mode='thermal' units='kelvin'> 300 </velocities>
+    </initialize>
+    <forces><force forcefield='bnn'/></forces>
+    <ensemble><temperature units='kelvin'> 300 </temperature></ensemble>
+    <motion mode='dynamics'>
+      <dynamics mode='nvt'>
+        <timestep units='femtosecond'> 0.5 </timestep>
+        <thermostat mode='{thermostat}'><tau units='femtosecond'> 50 </tau></thermostat>
+      </dynamics>
+    </motion>
+  </system>
+</simulation>
+"""
+
+CONFIG = """
+[run]
+seed = 7
+[ipi]
+input = "input.xml"
+connect_timeout = "20 s"
+[system]
+periodic = false
+[potential]
+model = "toy"
+dtype = "float64"
+[ensemble]
+members = 4
+steps_per_update = 300
+prior_sd = 0.1
+[accuracy]
+energy = "20 meV"
+[audit]
+probability = 0.1
+[trainer]
+max_lag = {max_lag}
+[oracle]
+kind = "toy"
+timeout = "20 s"
+[oracle.toy]
+delay = "{delay}"
+[output]
+stride = 1
+extras = "forces"
+"""
+
+
+def write_run(folder: Path, *, steps: int = 40, beads: int = 1, batch: int = 1, max_lag: int = 0, delay: str = "0 s") -> Path:
+    """Write config and i-PI input of a small run; returns the config's path."""
+    (folder / "init.xyz").write_text(WATER)
+    text = INPUT.format(
+        steps=steps,
+        beads=beads,
+        address=f"test-{uuid.uuid4().hex[:12]}",
+        batch=f"<batch_size>{batch}</batch_size>" if batch > 1 else "",
+        thermostat="langevin" if beads == 1 else "pile_l",
+    )
+    (folder / "input.xml").write_text(text)
+    config = folder / "bnn.toml"
+    config.write_text(CONFIG.format(max_lag=max_lag, delay=delay))
+    return config
+
+
+def command(*arguments: object) -> list[str]:
+    """The program as a user starts it."""
+    return [sys.executable, "-m", "bnn_driver.cli", *map(str, arguments)]
+
+
+def program(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment)

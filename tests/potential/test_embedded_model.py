@@ -1,0 +1,120 @@
+"""The shipped model: it loads, its forces are derivatives, and it stays near GFN2-xTB where its card says so."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms, units
+from ase.build import molecule
+
+# mace registers TorchScript classes and reads its model by pickle; both warn
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:mace", "ignore::UserWarning:e3nn", "ignore::UserWarning:torch")
+
+ZUNDEL = Atoms(
+    "OH2OH2H",
+    [
+        [-1.2, 0.0, 0.0],
+        [-1.55, 0.78, 0.43],
+        [-1.55, -0.78, 0.43],
+        [1.2, 0.0, 0.0],
+        [1.55, 0.43, -0.78],
+        [1.55, 0.43, 0.78],
+        [0.0, 0.0, 0.0],
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def calculator():
+    """MACECalculator on the shipped file."""
+    calculators = pytest.importorskip("mace.calculators")
+    torch.set_num_threads(1)
+    with as_file(files("bnn_driver") / "data" / "embedded.model") as path:
+        yield calculators.MACECalculator(model_paths=str(path), device="cpu", default_dtype="float64")
+
+
+def water_dimer() -> Atoms:
+    """A hydrogen-bonded pair, O-O 2.9 Å."""
+    donor, acceptor = molecule("H2O"), molecule("H2O")
+    donor.rotate(127.75, "x")  # one O-H along y
+    acceptor.rotate(90, "z")
+    acceptor.positions += donor.positions[0] - acceptor.positions[0]
+    oh = donor.positions[1] - donor.positions[0]
+    acceptor.positions += 2.9 * oh / np.linalg.norm(oh)
+    acceptor.rotate(180, oh, center=acceptor.positions[0])
+    return donor + acceptor
+
+
+def evaluated(atoms: Atoms, positions: np.ndarray, calculator) -> tuple[float, np.ndarray]:
+    """Energy eV and forces eV/Å at the positions."""
+    moved = Atoms(atoms.numbers, positions)
+    moved.calc = calculator
+    return moved.get_potential_energy(), moved.get_forces()
+
+
+def test_the_model_covers_hydrogen_carbon_nitrogen_and_oxygen_in_double_precision_and_is_small(calculator):
+    model = calculator.models[0]
+    assert model.atomic_numbers.tolist() == [1, 6, 7, 8]
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert (files("bnn_driver") / "data" / "embedded.model").stat().st_size < 6e6
+
+
+def test_an_isolated_atom_has_exactly_its_reference_energy(calculator):
+    model = calculator.models[0]
+    for number, reference in zip([1, 6, 7, 8], model.atomic_energies_fn.atomic_energies.ravel().tolist(), strict=True):
+        energy, _ = evaluated(Atoms([number]), np.zeros((1, 3)), calculator)
+        # exact up to rounding of a sum of about 1e3 eV
+        assert energy == pytest.approx(reference, abs=1e-10)
+
+
+@pytest.mark.parametrize("atoms", [molecule("CH3CH2OH"), ZUNDEL], ids=["ethanol", "H5O2+"])
+def test_forces_are_minus_the_derivatives_of_the_energy(calculator, atoms):
+    rng = np.random.default_rng(3)
+    positions = atoms.positions + 0.05 * rng.standard_normal(atoms.positions.shape)
+    direction = rng.standard_normal(positions.shape)
+    direction /= np.linalg.norm(direction)
+    _, forces = evaluated(atoms, positions, calculator)
+    h = 1e-3
+    up, _ = evaluated(atoms, positions + h * direction, calculator)
+    down, _ = evaluated(atoms, positions - h * direction, calculator)
+    # central difference: error h²/6 times a third derivative of at most some 1e3 eV/Å^3
+    assert -(up - down) / (2 * h) == pytest.approx(np.sum(forces * direction), abs=5e-4)
+
+
+def test_energy_does_not_change_under_rotation(calculator):
+    atoms = molecule("CH3CH2OH")
+    before, _ = evaluated(atoms, atoms.positions, calculator)
+    atoms.rotate(73, (1, 2, 3))
+    after, _ = evaluated(atoms, atoms.positions, calculator)
+    # double precision throughout, Clebsch-Gordan coefficients included
+    assert after == pytest.approx(before, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("atoms", "charge", "noise", "force_bound", "energy_bound"),
+    [
+        (molecule("CH3CH2OH"), 0, 0.05, FORCE_ETHANOL, ENERGY_ETHANOL),
+        (water_dimer(), 0, 0.04, FORCE_WATER, ENERGY_WATER),
+        (ZUNDEL, 1, 0.04, FORCE_ZUNDEL, ENERGY_ZUNDEL),
+    ],
+    ids=["ethanol", "water dimer", "H5O2+"],
+)
+def test_errors_against_fresh_labels_stay_below_twice_those_of_the_card(
+    calculator, atoms, charge, noise, force_bound, energy_bound
+):
+    interface = pytest.importorskip("tblite.interface")
+    rng = np.random.default_rng(11)
+    energy_errors, force_errors = [], []
+    for _ in range(7):
+        positions = atoms.positions + noise * rng.standard_normal(atoms.positions.shape)
+        gfn2 = interface.Calculator("GFN2-xTB", atoms.numbers, positions / units.Bohr, charge=float(charge))
+        gfn2.set("verbosity", 0)
+        result = gfn2.singlepoint()
+        energy, forces = evaluated(atoms, positions, calculator)
+        energy_errors.append((energy - result.get("energy") * units.Hartree) / len(atoms))
+        force_errors.append(forces + result.get("gradient") * units.Hartree / units.Bohr)
+    assert np.sqrt(np.mean(np.square(force_errors))) < force_bound
+    assert np.sqrt(np.mean(np.square(energy_errors))) < energy_bound

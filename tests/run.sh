@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up an environment in .venv and runs every test that this machine can run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+.venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+.venv/bin/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+.venv/bin/ruff check bnn_driver oracles tests examples
+.venv/bin/ruff format --check bnn_driver oracles tests examples
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"
