@@ -15,7 +15,7 @@ from bnn_driver.records import Array, Frames, Label
 from bnn_driver.units import volume
 
 COULOMB = 14.399645  # eV Å, e²/(4πε0)
-HYDROGENS = (0.02, 2.2)
+HYDROGENS = (0.02, 1.8)
 """Depth (eV) and length (Å) of the well between two hydrogens, so that they do not bond."""
 TETRAHEDRAL = -1.0 / 3.0
 """Cosine of the angle that the three-body term prefers."""

@@ -15,14 +15,6 @@ from bnn_driver.errors import BnnError, ConfigError
 from bnn_driver.records import Array, Criterion, Decision, Frames, LabelledFrame, Prediction
 
 
-def audit_draws(root_seed: int, step: int, n_beads: int) -> Array:
-    """One uniform number per bead, a function of (root seed, step, bead) alone, so that a replay decides the same.
-
-    Returns: (B,) in [0, 1).
-    """
-    return np.array([np.random.default_rng([root_seed, step, bead]).random() for bead in range(n_beads)])
-
-
 @dataclass(frozen=True)
 class Policy:
     """When the oracle is asked: any criterion that cannot be promised (logical or), and audits of frames that were served."""
@@ -53,7 +45,8 @@ class Policy:
 
         Args:
             prediction: of the frames.   frames: B frames.   calibrations: criterion's name -> calibration.
-            audit: (B,) of `audit_draws`; a served frame whose number is below the audit probability is audited.
+            audit: (B,) uniform numbers, a function of (root seed, step, bead) alone so that a replay decides the same; a served
+                frame whose number is below the audit probability is audited.
             first: True as long as nothing has been learnt: every frame is asked, for neither offset nor spread exist.
         Returns: B decisions.    Raises: BnnError when M < 2 (no spread) or a criterion has no calibration.
         """

@@ -138,6 +138,19 @@ class Coverage:
         """Clopper-Pearson interval of the probability that a served frame exceeds the accuracy."""
         return clopper_pearson(self.exceeded, self.audits, confidence)
 
+    def log_evidence(self, promised: float) -> float:
+        """Log of the evidence against "a served frame exceeds the accuracy with probability at most `promised`".
+
+        Likelihood ratio of p uniform on (promised, 1) to p = promised: a non-negative supermartingale with mean at most 1 while the
+        promise holds (Ville's inequality), so it may be looked at after every audit.
+        """
+        k, n = self.exceeded, self.audits
+        above = special.betaincc(k + 1, n - k + 1, promised)
+        if above <= 0:
+            return -np.inf
+        mixture = np.log(above) + special.betaln(k + 1, n - k + 1) - np.log1p(-promised)
+        return float(mixture - k * np.log(promised) - (n - k) * np.log1p(-promised))
+
     def is_broken(self, promised: float, confidence: float) -> bool:
-        """True when the audits exclude, at this confidence, that the exceedance is at most `promised` (such as 0.05)."""
-        return self.interval(confidence)[0] > promised
+        """True when the audits exclude the promise; while it holds, this ever happens with probability at most 1 - confidence."""
+        return self.log_evidence(promised) >= -np.log1p(-confidence)

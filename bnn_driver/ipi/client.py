@@ -27,6 +27,7 @@ __all__ = ["Client", "Reply", "Request"]
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 1.0  # how long a lost i-PI may take to listen again
+EXIT_SECONDS = 0.1  # between EXIT and looking whether i-PI still listens: it closes its socket right after
 WAKE_SECONDS = 0.2  # how often a waiting thread looks whether the client is closing
 JOIN_SECONDS = 5.0
 
@@ -248,6 +249,8 @@ class _Link:
             if error is None:
                 return
             raise IpiGone(f"{error}; given up after {self._reconnects} reconnects in a row") from error
+        if error is None:
+            time.sleep(EXIT_SECONDS)
         try:
             self.open(0.0 if error is None else GRACE_SECONDS)
         except IpiGone as gone:

@@ -6,6 +6,7 @@ i-PI is imported inside the functions: it takes a second, and only those who rea
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,9 @@ def _quiet_ipi(path: Path) -> Iterator[None]:
     level = VERBOSITY[verbosity.level]  # read as a number, set as a word
     verbosity.level = "quiet"
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # i-PI leaves the structure file open
+            yield
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:

@@ -126,7 +126,7 @@ class IpiProcess:
             total = read_input(self.xml).total_steps  # the user may have raised it
             text = re.sub(r"<total_steps>[^<]*</total_steps>", f"<total_steps> {total} </total_steps>", restart.read_text())
             target = self.folder / "restart.xml"
-            log.info("i-PI goes on from %s at step %s", restart.name, _restart_step(restart))
+            log.info("i-PI goes on from %s at step %s", restart.name, _restart_number(restart, "step"))
         if target.exists() and target.samefile(self.xml):
             return target
         partial = target.with_name(target.name + ".part")
@@ -138,7 +138,7 @@ class IpiProcess:
         """RESTART or the checkpoint with the largest step; a torn file is passed over."""
         patterns = ("RESTART", *read_input(self.xml).checkpoint_files)
         files = {file for pattern in patterns for file in self.folder.glob(pattern)}
-        steps = {file: step for file in sorted(files) if (step := _restart_step(file)) is not None}
+        steps = {file: step for file in sorted(files) if (step := _restart_number(file, "step")) is not None}
         return max(steps, key=lambda file: (steps[file], file.name == "RESTART"), default=None)
 
     def _copy_named_files(self, text: str, overwrite: bool) -> str:
@@ -223,17 +223,20 @@ class IpiProcess:
     def reached(self) -> int:
         """Step at which i-PI goes on: that of RESTART or of the furthest checkpoint, or of the input."""
         restart = self._furthest_restart()
-        return read_input(self.xml).step if restart is None else _restart_step(restart) or 0
+        return read_input(self.xml).step if restart is None else _restart_number(restart, "step") or 0
 
     def finished(self) -> bool:
-        """Whether the simulation is complete: all steps done, or converged (an optimisation).
+        """Whether the simulation is complete: all steps done, or ended by itself before (a converged optimisation).
 
         i-PI logs "reports success" after an EXIT file too, so that line counts only without one.
         """
-        total = read_input(self.xml).total_steps
         restart = self._furthest_restart()
-        if restart is not None and (_restart_step(restart) or 0) >= total:
-            return True
+        step = None if restart is None else _restart_number(restart, "step")
+        if restart is not None and step is not None:
+            if step >= read_input(self.xml).total_steps:
+                return True
+            if step >= (_restart_number(restart, "total_steps") or 0):
+                return False  # complete, until the user raised <total_steps>
         text = self._log_since_start()
         cut_short = ("EXIT file detected", "Wall clock time expired", "Maximum wallclock", "Kill signal", "Client shutdown")
         return not self.is_running and "I-PI reports success" in text and not any(words in text for words in cut_short)
@@ -248,10 +251,10 @@ def _script() -> Path:
     return Path(found)
 
 
-def _restart_step(file: Path) -> int | None:
-    """Step of a RESTART or checkpoint; None for a torn or empty one."""
+def _restart_number(file: Path, tag: str) -> int | None:
+    """Integer of a RESTART or checkpoint, such as its step; None for a torn or empty file."""
     try:
-        text = ET.parse(file).getroot().findtext("step")
+        text = ET.parse(file).getroot().findtext(tag)
         return 0 if text is None else int(text)
     except (OSError, ET.ParseError, ValueError):
         return None

@@ -15,6 +15,7 @@ from bnn_driver import units
 from bnn_driver.active.criteria import Calibration
 from bnn_driver.active.policy import Policy
 from bnn_driver.active.sanity import check_sanity
+from bnn_driver.bayes.calibration import Coverage
 from bnn_driver.ipi.client import Reply, Request
 from bnn_driver.loops.chain_update import energy_offset
 from bnn_driver.loops.labelling import Labelling
@@ -119,8 +120,11 @@ class Driver:
         self.clock = Clock()
         self.frames_seen = 0
         self.calibrations = dict(calibrations)
+        self.coverage = Coverage()
         for item in labelling.store.all():
             self.calibrations = policy.observe(self.calibrations, item, self.offset)
+            if item.context["audit"]:
+                self.coverage = self.coverage.observe(any(policy.exceeded(item, self.offset).values()))
         self._replied = time.monotonic()
 
     @property
@@ -208,7 +212,14 @@ class Driver:
 
     def _take_audits(self, timeout: float = 0.0) -> None:
         for answer in self.labelling.collect(self.warn, timeout):
+            broken_before = self.coverage.is_broken(1 - self.policy.confidence, self.policy.confidence)
+            self.coverage = self.coverage.observe(any(self.policy.exceeded(answer, self.offset).values()))
             self._learn(answer)
+            if not broken_before and self.coverage.is_broken(1 - self.policy.confidence, self.policy.confidence):
+                self.warn(
+                    f"the promise is broken: {self.coverage.exceeded} of {self.coverage.audits} audited frames were beyond the accuracy; "
+                    "the audits enter the calibration, so more frames are asked from here on"
+                )
 
     def _wait_for_chains(self, allowed_lag: int) -> None:
         begin = time.monotonic()

@@ -39,7 +39,7 @@ from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
-from bnn_driver.store.run import EventLog, RunDirectory
+from bnn_driver.store.run import EventLog, RunDirectory, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def run_session(config_file: Path) -> Path:
         frames, ipi_input = read_system(config, base)
         if ipi_input is None:
             raise ConfigError(f"{config_file}: ipi.input names no i-PI input")
+        _check_input(ipi_input, config)
         simulation = IpiProcess(base / config.ipi.input, run.ipi_dir, run.log_dir / "ipi.log")
         done = simulation.reached()
         session = stack.enter_context(_open(config, config_file, run, frames, ipi_input, done))
@@ -172,7 +173,8 @@ def _open(
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(run.events_dir))
         facts = physics(config, frames, model, oracle.physics(), fingerprint(oracle))
-        run.fix_settings(_effective(config), facts, events)
+        run.fix_settings(_effective(config, config_file.absolute().parent), facts, events)
+        write_atomic(run.path / "bnn.toml", config_file.read_bytes())
         events.append("start", step=done, config=str(config_file))
         foundation = foundation_generation(model, config.ensemble.members)
         if weights.latest(run.generations_dir) is None:
@@ -244,10 +246,23 @@ def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], sh
     )
 
 
-def _effective(config: Config) -> dict[str, object]:
+def _check_input(found: IpiInput, config: Config) -> None:
+    """Settings of the i-PI input that would spoil the run.  Raises: ConfigError."""
+    if 0 < found.timeout < config.oracle.timeout:
+        raise ConfigError(
+            f"{found.path}: <timeout> is {found.timeout:g} s, but a label may take {config.oracle.timeout:g} s ([oracle] timeout): "
+            "i-PI would drop the driver in the middle of it; remove <timeout> or make it longer"
+        )
+    if found.exit_on_disconnect:
+        log.warning("%s: <exit_on_disconnect> ends the simulation when the driver stops; the same command goes on", found.path)
+    if found.checkpoint_stride is None:
+        log.warning("%s: no <checkpoint>: a crash of i-PI loses the run back to its start; add one to <output>", found.path)
+
+
+def _effective(config: Config, base: Path) -> dict[str, object]:
     """Settings in use, with the versions and thread counts that belong to them."""
     versions = {"torch": torch.__version__, "numpy": np.__version__, "torch_threads": torch.get_num_threads()}
-    return config.model_dump(mode="json") | {"versions": versions}
+    return config.model_dump(mode="json") | {"base": str(base), "versions": versions}
 
 
 @contextlib.contextmanager

@@ -32,8 +32,9 @@ def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int) 
     events = EventLog(run.events_dir)
     while True:
         store.refresh()
-        latest = weights.latest(run.generations_dir)
-        previous = weights.load(run.generations_dir, 0 if latest is None else latest)
+        previous = weights.load_latest(run.generations_dir)
+        if previous is None:
+            raise EnvironmentProblem(f"{run.generations_dir} holds no readable generation; remove the folder to begin from the labels")
         labels = store.all()
         known = set(previous.label_ids) | failed_labels(run.generations_dir)
         if all(item.label.frame_id in known for item in labels):
@@ -55,7 +56,7 @@ def _try_update(learner: Learner, previous: Generation, store: LabelStore, event
         begin = time.monotonic()
         generation, report = update(learner, previous, labels, attempt)
         seconds = time.monotonic() - begin
-        facts = asdict(report) if report.finite else {"reason": report.reason}
+        facts = {k: v for k, v in asdict(report).items() if k != "steps"} if report.finite else {"reason": report.reason}
         events.append("update", generation=generation.number, labels=len(labels), seconds=seconds, attempt=attempt, **facts)
         if not report.diverged:
             return generation

@@ -42,7 +42,11 @@ class LoadedModel:
 
 
 def load_mace(
-    name: str | Path, head: str = "", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64, cache: Path | None = None
+    name: str | Path,
+    head: str = "",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    cache: Path | None = None,
 ) -> LoadedModel:
     """A MACE model from a file, from a name that mace-torch knows, or the one that comes with the program ("embedded").
 
@@ -156,5 +160,7 @@ def _modernised(module: nn.Module, path: Path) -> nn.Module:
             module.register_buffer(name, torch.as_tensor(value, dtype=dtype))
             logger.info("%s is an old model: its %s became a buffer", path.name, name)
     if getattr(module, "joint_embedding", None) is not None:
-        raise ModelError(f"{path} needs further inputs per structure (charge, spin, ...), which are not supported; use another model")
+        raise ModelError(
+            f"{path} needs further inputs per structure (charge, spin, ...), which are not supported; use another model"
+        )
     return module

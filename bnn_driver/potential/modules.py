@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class ModulesPotential:
         parameters = self.sampled.expanded(weights)
         if not create_graph:
             parameters = {name: p.detach() for name, p in parameters.items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), _precision(self.dtype if hasattr(self.module, "pair_repulsion_fn") else None):
             out = torch.func.functional_call(
                 self.module,
                 parameters,
@@ -74,7 +75,12 @@ class ModulesPotential:
         inner = (out["node_energy"].double() - node_e0).view(frames, -1).sum(dim=1)
         energy = inner + self._e0[kinds].view(frames, -1).sum(dim=1)
         features = out["node_feats"].index_select(1, self._columns)
-        result = [energy, out["forces"].view(frames, -1, 3), out["virials"].view(frames, 3, 3), features.view(frames, -1, self.n_features)]
+        result = [
+            energy,
+            out["forces"].view(frames, -1, 3),
+            out["virials"].view(frames, 3, 3),
+            features.view(frames, -1, self.n_features),
+        ]
         return result if create_graph else [x.detach() for x in result]
 
     def _inputs(self, graph: Graph) -> dict[str, Tensor]:
@@ -105,6 +111,17 @@ class ModulesPotential:
             "ptr": torch.arange(b + 1, device=self.device) * a,
             "head": torch.full((b,), self.head, dtype=torch.int64, device=self.device),
         }
+
+
+@contextmanager
+def _precision(dtype: torch.dtype | None) -> Iterator[None]:
+    """torch's default precision for a moment: MACE's nuclear repulsion raises integers to a power in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _member(graph: Graph, m: int) -> Graph:

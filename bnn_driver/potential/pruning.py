@@ -24,9 +24,7 @@ _FIXED = {
 class SampledWeights:
     """θ_0 of a MACE module restricted to some elements and one head, and the way back to full parameters."""
 
-    def __init__(
-        self, module: nn.Module, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, module: nn.Module, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device) -> None:
         """Args: elements: ascending atomic numbers in use.   head: index of the head in use."""
         known = [int(z) for z in module.atomic_numbers]
         missing = [z for z in elements if z not in known]

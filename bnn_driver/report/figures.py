@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bnn_driver import units
 from bnn_driver.records import Array
@@ -31,7 +34,7 @@ BINS = 1200
 def run_figure(run_path: Path, out_png: Path) -> None:
     """Draw a run, living or dead, into a PNG file.  Raises: EnvironmentProblem when there is no run or a file is damaged."""
     history = read_history(Path(run_path))
-    figure = Figure(figsize=(11, 7.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 7.6), dpi=130, layout="constrained")
     panels = figure.subplots(2, 2)
     _uncertainty(panels[0, 0], history)
     _errors(panels[0, 1], history)
@@ -41,6 +44,7 @@ def run_figure(run_path: Path, out_png: Path) -> None:
         panel.grid(True, which="major", color="0.92", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
+    _one_legend(figure, panels.ravel().tolist())
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(Path(out_png), buffer.getvalue())
@@ -48,130 +52,115 @@ def run_figure(run_path: Path, out_png: Path) -> None:
 
 def _uncertainty(panel: Axes, history: History) -> None:
     """What the model vouches for, step by step, against the accuracy; every call of the oracle and every swap of weights."""
-    rows, factor = history.decisions, _per_unit(history)
-    calibrated = history.promise.calibration is not None
-    values = rows["bound" if calibrated else "sd"] * factor
-    for step in history.swaps:
-        panel.axvline(
-            step, color=GREY, linewidth=0.7, alpha=0.35, zorder=0.5, label="new weights" if step == history.swaps[0] else None
-        )
+    rows, promise = history.decisions, history.promise
+    calibrated = promise.calibration is not None
+    values = rows["bound" if calibrated else "sd"] * _per_unit(history)
+    if history.swaps:
+        whole = panel.get_xaxis_transform()
+        panel.vlines(history.swaps, 0, 1, GREY, transform=whole, linewidth=0.7, alpha=0.35, zorder=0.5, label="new weights")
     known = np.isfinite(values) & (values > 0)
     panel.plot(*_largest_per_step(rows["step"][known], values[known]), color=BLUE, linewidth=0.9)
-    at_step = _lookup(rows["step"][known], values[known])
-    for criterion, (marker, colour, name) in MARKERS.items():
-        steps = [x.step for x in history.labels if x.criterion == criterion and x.step in at_step]
-        heights = [at_step[step] for step in steps]
-        if steps:
-            panel.plot(
-                steps,
-                heights,
-                marker,
-                color=colour,
-                markersize=_size(marker),
-                markeredgecolor="white",
-                markeredgewidth=0.4,
-                label=name,
-            )
+    at_step = _largest_at(rows["step"][known], values[known])
+    shown = [x for x in history.labels if x.step in at_step]
+    _points(panel, shown, [x.step for x in shown], [at_step[x.step] for x in shown])
     _accuracy_line(panel, history)
-    panel.set_yscale("log")
-    confidence = 100 * (history.promise.confidence or 0.95)
-    panel.set_ylabel(
-        f"{confidence:g} % bound of energy error / {history.promise.unit}"
-        if calibrated
-        else f"predictive sd / {history.promise.unit}"
-    )
+    _log_axis(panel, "y")
+    bound = f"{100 * (promise.confidence or 0.95):g} % bound of |energy error|"
+    panel.set_ylabel(f"{bound if calibrated else 'predictive sd of energy'} / {promise.unit}")
     panel.set_xlabel("step")
-    panel.set_title("What the model vouches for" if calibrated else "Uncertainty, not calibrated", loc="left", fontsize=11)
-    _legend(panel, ncols=2)
+    _title(panel, "Uncertainty, step by step" + ("" if calibrated else " (not calibrated)"))
 
 
 def _errors(panel: Axes, history: History) -> None:
     """Error of every label before it was trained on, ours and the untouched foundation model's."""
     factor = _per_unit(history)
     judged = [x for x in history.labels if x.criterion != "first"]
-    floor = _floor(np.array([x.error for x in judged] + [x.foundation_error for x in judged]))
     numbers = [x.number for x in judged]
-    theirs = [factor * max(abs(x.foundation_error), floor) for x in judged]
-    panel.plot(numbers, theirs, "x", color=GREY, markersize=4.5, label="foundation model")
-    for is_audit, marker, colour, name in ((False, "o", RED, "ours, asked"), (True, "D", GREEN, "ours, audit")):
-        some = [x for x in judged if x.audit == is_audit]
-        if some:
-            heights = [factor * max(abs(x.error), floor) for x in some]
-            panel.plot(
-                [x.number for x in some],
-                heights,
-                marker,
-                color=colour,
-                markersize=_size(marker),
-                markeredgecolor="white",
-                markeredgewidth=0.4,
-                label=name,
-            )
+    theirs = np.array([x.foundation_error for x in judged])
+    ours = np.array([x.error for x in judged])
+    floor = _floor(np.concatenate([ours, theirs]))
+    panel.plot(numbers, factor * np.maximum(np.abs(theirs), floor), "x", color=GREY, markersize=4.5, label="foundation model")
+    _points(panel, judged, numbers, factor * np.maximum(np.abs(ours), floor))
     _accuracy_line(panel, history)
-    panel.set_yscale("log")
+    _log_axis(panel, "y")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("label number")
     panel.set_ylabel(f"|energy error| / {history.promise.unit}")
-    panel.set_title("Error at labels, before learning them", loc="left", fontsize=11)
-    _legend(panel)
+    _title(panel, "Error at labels, before they are learnt")
 
 
 def _cost(panel: Axes, history: History) -> None:
     """Labels spent so far against the step."""
     last = max(history.last_step, 1)
+    counts = []
     for is_audit, colour, name in ((False, RED, "asked"), (True, GREEN, "audits")):
         steps = np.sort([x.step for x in history.labels if x.audit == is_audit])
+        counts.append(f"{len(steps)} {name}")
         if len(steps):
-            panel.step(
-                [0, *steps, last],
-                [0, *range(1, len(steps) + 1), len(steps)],
-                where="post",
-                color=colour,
-                linewidth=1.6,
-                label=name,
-            )
+            total = len(steps)
+            panel.step([0, *steps, last], [0, *range(1, total + 1), total], where="post", color=colour, linewidth=1.6)
+            panel.annotate(name, (last, total), (-2, 4), textcoords="offset points", ha="right", color=colour)
     panel.set_xlim(0, None)
     panel.set_ylim(0, None)
     panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("step")
-    panel.set_ylabel("labels, cumulative")
-    share = 100 * len(history.labels) / last
-    panel.set_title(
-        f"Cost: {len(history.labels)} oracle calls in {history.last_step} steps ({share:.2g} %)", loc="left", fontsize=11
-    )
-    _legend(panel)
+    panel.set_ylabel("oracle calls so far")
+    _title(panel, f"Cost: {' + '.join(counts)} in {history.last_step} steps")
 
 
 def _reliability(panel: Axes, history: History) -> None:
     """|error| against its own predicted sd: two thirds of the points belong under the first line, 95 % under the second."""
     factor = _per_unit(history)
     judged = [x for x in history.labels if x.counts_for_calibration and _own_sd(x, history) > 0]
-    sds = np.array([_own_sd(x, history) for x in judged])
-    floor = _floor(np.array([x.error for x in judged]))
-    for is_audit, marker, colour, name in ((False, "o", RED, "asked"), (True, "D", GREEN, "audit")):
-        chosen = np.array([x.audit == is_audit for x in judged], dtype=bool)
-        if chosen.any():
-            errors = np.maximum(np.abs([x.error for x in judged]), floor)[chosen]
-            panel.plot(
-                factor * sds[chosen],
-                factor * errors,
-                marker,
-                color=colour,
-                markersize=_size(marker),
-                markeredgecolor="white",
-                markeredgewidth=0.4,
-                label=name,
-            )
+    sds = factor * np.array([_own_sd(x, history) for x in judged])
+    errors = factor * np.array([x.error for x in judged])
+    _points(panel, judged, sds, np.maximum(np.abs(errors), _floor(errors)))
     if len(sds):
-        ends = factor * np.array([0.8 * sds.min(), 1.25 * sds.max()])
-        panel.plot(ends, ends, "-", color="black", linewidth=1, label="1 sd")
-        panel.plot(ends, 2 * ends, "--", color="black", linewidth=1, label="2 sd")
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_xlabel(f"predicted sd, {'calibrated' if history.calibrated else 'not calibrated'} / {history.promise.unit}")
+        ends = np.array([0.8 * sds.min(), 1.25 * sds.max()])
+        for times, style in ((1, "-"), (2, ":")):
+            panel.plot(ends, times * ends, style, color="black", linewidth=1)
+            panel.annotate(f"{times} sd", (ends[1], times * ends[1]), (3, 0), textcoords="offset points", va="center", fontsize=9)
+    _log_axis(panel, "x")
+    _log_axis(panel, "y")
+    panel.set_xlabel(f"predicted sd ({'calibrated' if history.calibrated else 'not calibrated'}) / {history.promise.unit}")
     panel.set_ylabel(f"|energy error| / {history.promise.unit}")
-    panel.set_title("Reliability", loc="left", fontsize=11)
-    _legend(panel)
+    _title(panel, "Reliability")
+
+
+def _points(panel: Axes, labels: list[JudgedLabel], x: Sequence[float] | Array, y: Sequence[float] | Array) -> None:
+    """One marker per label, by criterion.  Args: x, y: (n,) places of the n labels."""
+    for criterion, (marker, colour, name) in MARKERS.items():
+        chosen = [i for i, label in enumerate(labels) if label.criterion == criterion]
+        if chosen:
+            size = {"*": 11.0, "D": 4.6}.get(marker, 5.4)
+            xs, ys = [x[i] for i in chosen], [y[i] for i in chosen]
+            panel.plot(xs, ys, marker, color=colour, markersize=size, markeredgecolor="white", markeredgewidth=0.4, label=name)
+
+
+def _log_axis(panel: Axes, which: str) -> None:
+    """Logarithmic, with plain decimals.  Args: which: "x" or "y"."""
+    panel.set(**{f"{which}scale": "log"})
+    axis: Axis = getattr(panel, f"{which}axis")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = sorted(axis.get_view_interval())
+    if high < 30 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _title(panel: Axes, text: str) -> None:
+    panel.set_title(text, loc="left", fontsize=11)
+
+
+def _one_legend(figure: Figure, panels: list[Axes]) -> None:
+    """Every symbol once, above all panels; a panel without any point says so."""
+    handles: dict[str, Any] = {}
+    for panel in panels:
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+        if not any(len(np.asarray(line.get_xdata())) for line in panel.lines if line.get_label() != "accuracy"):
+            panel.text(0.5, 0.4, "nothing yet", transform=panel.transAxes, ha="center", color=GREY)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=7, fontsize=9, frameon=False)
 
 
 def _own_sd(label: JudgedLabel, history: History) -> float:
@@ -205,19 +194,8 @@ def _largest_per_step(steps: Array, values: Array) -> tuple[Array, Array]:
     return bins * width, largest
 
 
-def _lookup(steps: Array, values: Array) -> dict[int, float]:
+def _largest_at(steps: Array, values: Array) -> dict[int, float]:
     found: dict[int, float] = {}
     for step, value in zip(steps.astype(int).tolist(), values.tolist(), strict=True):
         found[step] = max(value, found.get(step, 0.0))
     return found
-
-
-def _size(marker: str) -> float:
-    return {"*": 11.0, "D": 4.6}.get(marker, 5.2)
-
-
-def _legend(panel: Axes, ncols: int = 1) -> None:
-    if panel.get_legend_handles_labels()[0]:
-        panel.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", ncols=ncols)
-    else:
-        panel.text(0.5, 0.5, "nothing yet", transform=panel.transAxes, ha="center", color=GREY)

@@ -151,7 +151,7 @@ def _follow_events(history: History, run: RunDirectory) -> None:
     for segment in read_segments(run.events_dir):
         kept = []
         for event in segment:
-            history.last_step = max(history.last_step, int(event.get("step", 0)), int(event.get("steps", 0)))
+            history.last_step = max(history.last_step, int(event.get("steps" if event["kind"] == "clock" else "step", 0)))
             if event["kind"] == "decision":
                 sd = float(event["energy_predictive_sd"])
                 spread = (

@@ -141,8 +141,12 @@ def _force_row(name: str, errors: dict[str, Any]) -> str:
 def _energy(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
-    other = "" if unit == "eV" else f" ({value / units.UNITS['energy'][unit]:.3g} {unit})"
-    return f"{value:.3g} eV{other}"
+    other = "" if unit == "eV" else f" ({_digits(value / units.UNITS['energy'][unit])} {unit})"
+    return f"{_digits(value)} eV{other}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def _with_confidence(confidence: float | None) -> str:

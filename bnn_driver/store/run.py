@@ -66,7 +66,7 @@ class RunDirectory:
 
     @property
     def oracle_dir(self) -> Path:
-        """Results and work folders of the oracle, see spool."""
+        """Results, work folders and pending frames of the oracle."""
         return self.path / "oracle"
 
     @property

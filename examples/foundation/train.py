@@ -27,7 +27,7 @@ ARCHITECTURE = {
     "num_channels": 48,
     "max_L": 0,
     "max_ell": 2,
-    "correlation": 3,
+    "correlation": 2,
     "r_max": 4.5,
     "num_radial_basis": 8,
     "num_cutoff_basis": 5,
@@ -37,7 +37,7 @@ ARCHITECTURE = {
     "scaling": "rms_forces_scaling",
 }
 OBJECTIVE = {
-    "loss": "l1l2",  # mean |ΔE|/atom and mean |ΔF| of an atom: a few strained frames do not rule
+    "loss": "l1l2energyforces",  # mean |ΔE|/atom and mean |ΔF| of an atom: a few strained frames do not rule
     "energy_weight": 100.0,
     "forces_weight": 10.0,
     "energy_key": "REF_energy",

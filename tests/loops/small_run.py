@@ -53,10 +53,12 @@ model = "toy"
 dtype = "float64"
 [ensemble]
 members = 4
-steps_per_update = 300
-prior_sd = 0.1
+steps_per_update = 60
+step_size = 3e-3
+prior_sd = 0.2
+force_noise = "0.1 eV/A"
 [accuracy]
-energy = "20 meV"
+energy = "400 meV"
 [audit]
 probability = 0.1
 [trainer]

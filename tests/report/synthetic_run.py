@@ -92,7 +92,7 @@ def make_live_run(path: Path, steps: int = 6000, seed: int = 3) -> RunDirectory:
             ask = step == 0 or sd > 0.0085 * (0.45 + 0.5 * min(n, 20) / 20)
             criterion = "first" if step == 0 else ("force" if ask and rng.random() < 0.2 else "energy") if ask else "none"
             criterion = "audit" if not ask and rng.random() < 0.02 else criterion
-            facts = dict(step=step, bead=0, criterion=criterion, ask=ask, probability=0.1, generation=generation)
+            facts = {"step": step, "bead": 0, "criterion": criterion, "ask": ask, "probability": 0.1, "generation": generation}
             if step % 8 == 0 or criterion != "none":
                 events.append("decision", energy_predictive_sd=sd, max_force_sd=0.1, **facts)
             if criterion != "none":

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from awkward import assert_same, make_label
 
+from bnn_driver.executors import read_done, write_done
 from bnn_driver.records import Generation
-from bnn_driver.store import spool
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import EventLog, RunDirectory, read_events
 from bnn_driver.store.weights import latest, load, prune, publish
@@ -31,7 +31,7 @@ def write_for_ever(path: Path) -> None:
         events.append("start")
         for seed in itertools.count(len(store)):
             item = make_label(seed, atoms=30)
-            spool.finish(run.oracle_dir, item.label.frame_id, item.label)
+            write_done(run.oracle_dir, item.label)
             number = store.write(item)
             events.append("label", number=number, text="x" * 2000)
             publish(run.generations_dir, generation((latest(run.generations_dir) or 0) + 1))
@@ -66,7 +66,9 @@ def test_nothing_is_torn_and_no_number_is_missing_after_kills(tmp_path: Path) ->
         assert sorted(p.name for p in store.folder.glob("*.extxyz")) == [f"{n:06d}.extxyz" for n in range(len(store))]
         for seed, item in enumerate(store.all()):
             assert_same(item, make_label(seed, atoms=30))
-            assert_same(spool.take(tmp_path / "oracle", item.label.frame_id), item.label)
+            assert_same(read_done(tmp_path / "oracle", item.label.frame_id), item.label)
+        for file in (tmp_path / "oracle" / "done").glob("*.json"):
+            assert read_done(tmp_path / "oracle", file.stem) is not None
         assert len(store) >= labels, "no label is ever lost"
         labels = len(store)
         number = latest(tmp_path / "generations")

@@ -1,0 +1,90 @@
+"""The potential of a MACE module: the fast path where it is exact, MACE's own code elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnn_driver.errors import ModelError
+from bnn_driver.potential.architecture import UnsupportedModel
+from bnn_driver.potential.graph import build_graph
+from bnn_driver.potential.modules import ModulesPotential
+from bnn_driver.potential.params import repeat_weights
+from bnn_driver.potential.stacked import StackedPotential
+from bnn_driver.records import Frames
+
+logger = logging.getLogger(__name__)
+
+#: largest allowed difference of energies and forces between the two paths, relative to the largest force
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def make_potential(
+    module: nn.Module,
+    numbers: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    path: Literal["auto", "stacked", "modules"] = "auto",
+    head: int = 0,
+    check: Frames | None = None,
+) -> StackedPotential | ModulesPotential:
+    """A potential for the elements in `numbers`.
+
+    Args: path: "auto" takes the fast path when it covers the model and agrees with MACE's own code on `check`.
+        head: index of the head.   check: frames for the comparison; a random cluster when not given.
+    Raises: ModelError when an element is unknown, or "stacked" was asked for and cannot be had.
+    """
+    device = torch.device(device)
+    elements = tuple(sorted({int(z) for z in numbers}))
+    module = module.to(device=device, dtype=dtype)
+    if path == "modules":
+        return _announced(ModulesPotential(module, elements, head, dtype, device, "asked for"))
+    reference = ModulesPotential(module, elements, head, dtype, device, "reference")
+    try:
+        stacked = StackedPotential(module, elements, head, dtype, device)
+    except UnsupportedModel as refusal:
+        why = f"the fast path does not cover {refusal}"
+    else:
+        error = disagreement(stacked, reference, check or random_cluster(numbers))
+        if error <= TOLERANCE[dtype]:
+            return _announced(stacked)
+        why = f"the fast path differs from MACE by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
+        logger.warning("%s; MACE's own code is used. Please report the model.", why)
+    if path == "stacked":
+        raise ModelError(f"path = stacked cannot be had: {why}. Use path = auto.")
+    return _announced(ModulesPotential(module, elements, head, dtype, device, why))
+
+
+def disagreement(stacked: StackedPotential, reference: ModulesPotential, frames: Frames) -> float:
+    """Largest difference of energies and forces of two slightly different members, relative to max(1, |F|)."""
+    weights = repeat_weights(reference.weights, 2)
+    generator = torch.Generator().manual_seed(0)
+    for x in weights.values():
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        x.mul_(1 + 0.01 * noise)
+    graph = build_graph(frames, stacked.cutoff, stacked.dtype, stacked.device)
+    a, b = stacked.evaluate(weights, graph), reference.evaluate(weights, graph)
+    size = max(1.0, float(b.forces.abs().max()))
+    worst = max(float((a.forces - b.forces).abs().max()), float((a.energy - b.energy).abs().max()) / len(frames.numbers))
+    return worst / size if np.isfinite(worst) else float("inf")
+
+
+def random_cluster(numbers: Sequence[int]) -> Frames:
+    """Two frames of up to 12 atoms with every element of the system, no two closer than about 1 Å."""
+    kinds = sorted({int(z) for z in numbers})
+    chosen = (kinds * 12)[: max(12, len(kinds))]
+    rng = np.random.default_rng(0)
+    grid = np.array([(i, j, k) for i in range(5) for j in range(5) for k in range(5)], dtype=float)[: len(chosen)]
+    positions = 1.6 * grid + 0.25 * rng.standard_normal((2, len(chosen), 3)).clip(-1, 1)
+    return Frames(np.array(chosen), positions)
+
+
+def _announced(potential: StackedPotential | ModulesPotential) -> StackedPotential | ModulesPotential:
+    weights = sum(x.numel() for x in potential.weights.values())
+    logger.info("potential path: %s; %d sampled weights, elements %s", potential.path, weights, potential.elements)
+    return potential

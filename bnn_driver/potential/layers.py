@@ -1,0 +1,134 @@
+"""The pieces of one layer of the fast path: radial networks, convolution, linear maps, readouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bnn_driver.potential.architecture import Dense, ElementPart, Layer, LinearPart, Readout
+
+Slices = Sequence[tuple[int, int, int]]
+
+
+def forward_mode(network: Dense, weights: Mapping[str, Tensor], x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    """A radial network and its derivative along r, in one pass.
+
+    Args: x, dx: (L, Q, in), L = 1 or M.   Returns: (M, Q, out) twice.
+    """
+    q = x.shape[1]
+    h = torch.cat([x, dx], dim=1)
+    for i, (name, scale) in enumerate(zip(network.names, network.scales, strict=True)):
+        w = weights[name] * scale
+        h = torch.bmm(h if len(h) == len(w) else h.expand(len(w), *h.shape[1:]), w)
+        if i < len(network.names) - 1:
+            value, slope = h[:, :q], h[:, q:]
+            gate = torch.sigmoid(value)
+            silu = value * gate
+            h = torch.cat([silu, slope * (gate + silu * (1 - gate))], dim=1)
+    return h[:, :q], h[:, q:]
+
+
+def matrix(weight: Tensor, part: LinearPart) -> Tensor:
+    """(M, rows, columns) of one output block, scaled."""
+    return weight[:, part.start : part.start + part.rows * part.columns].view(-1, part.rows, part.columns) * part.scale
+
+
+def element_matrix(weight: Tensor, part: ElementPart) -> Tensor:
+    """(M, elements, in, out), scaled."""
+    a, e, c = part.shape
+    return weight[:, part.start : part.start + a * e * c].view(-1, a, e, c).transpose(1, 2) * part.scale
+
+
+def by_element(x: Tensor, w: Tensor, slices: Slices, width: int) -> Tensor:
+    """Each element's own linear map.
+
+    Args: x: (M, N·width, in), nodes sorted by element.   w: (M, elements, in, out).   Returns: (M, out, N·width).
+    """
+    parts = [torch.bmm(w[:, e].transpose(1, 2), x[:, a * width : b * width].transpose(1, 2)) for e, a, b in slices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def convolve(layer: Layer, w: Tensor, sources: Sequence[Tensor | None], y: Tensor) -> dict[int, Tensor]:
+    """Messages summed over neighbours, by slot of the tensor product: (M·N, 2 l3 + 1, C), each still to be scaled.
+
+    Args: w: (M, E, paths·C [+ 1]).   sources: per block (M, E, 2 l1 + 1, C).   y: (M·N, K, n) harmonics.
+    """
+    m, e = w.shape[:2]
+    nodes, k, _ = y.shape
+    c, n_paths = layer.channels, len(layer.paths)
+    per_path = w[..., : n_paths * c].view(m, e, n_paths, c)
+    transposed = y.transpose(1, 2)
+    only = sources[0] if len(sources) == 1 else None
+    if only is not None and only.shape[2] == 1:  # scalars alone: one product for all paths
+        z = (per_path * only).view(nodes, k, n_paths * c)
+        columns = [z[:, :, p * c : (p + 1) * c] for p in range(n_paths)]
+    else:
+        columns = []
+        for p, path in enumerate(layer.paths):
+            x = sources[path.source]
+            columns.append(
+                y.new_zeros(nodes, k, c * (2 * path.l1 + 1)) if x is None else (per_path[:, :, p, None] * x).view(nodes, k, -1)
+            )
+    out = {}
+    for path, z in zip(layer.paths, columns, strict=True):
+        summed = torch.bmm(transposed[:, path.l2**2 : (path.l2 + 1) ** 2], z)
+        if path.coupling is not None:
+            summed = torch.matmul(path.coupling, summed.view(nodes, -1, c))
+        out[path.target] = summed.view(nodes, 2 * path.l3 + 1, c)
+    return out
+
+
+def mix(layer: Layer, weights: Mapping[str, Tensor], mid: Mapping[int, Tensor], m: int, slices: Slices) -> list[Tensor | None]:
+    """Messages mixed over paths and channels, per contracted block: (M, C, N·(2l+1)); None where nothing arrives."""
+    scale = {path.target: path.scale for path in layer.paths}
+    out: list[Tensor | None] = []
+    for number, (degree, part) in enumerate(zip(layer.degrees, layer.mid.parts, strict=True)):
+        if part is None:
+            out.append(None)
+            continue
+        x = mid[part.inputs[0]] if len(part.inputs) == 1 else torch.cat([mid[i] for i in part.inputs], dim=-1)
+        x = x.view(m, -1, part.rows)
+        w = matrix(weights[layer.mid.weight], part)
+        factors = [scale[i] / layer.neighbours for i in part.inputs]
+        if len(set(factors)) == 1:
+            w = w * factors[0]
+        else:
+            w = w * torch.tensor(factors, dtype=w.dtype, device=w.device).repeat_interleave(layer.channels).view(1, -1, 1)
+        if layer.residual:
+            out.append(torch.bmm(w.transpose(1, 2), x.transpose(1, 2)))
+        else:
+            element = next(p for p in layer.skip.parts if p.source == number)
+            own = torch.matmul(w.unsqueeze(1), element_matrix(weights[layer.skip.weight], element))
+            out.append(by_element(x, own, slices, 2 * degree + 1))
+    return out
+
+
+def product(
+    layer: Layer, weights: Mapping[str, Tensor], contracted: Tensor, skip: Mapping[int, Tensor], nodes: int
+) -> list[Tensor]:
+    """Node features after the product: per block (M, C, N·(2l+1)).  Args: contracted: (M, C, N, R)."""
+    first = [sum(2 * degree + 1 for degree in layer.hidden[:i]) for i in range(len(layer.hidden))]
+    m, c = contracted.shape[:2]
+    out = []
+    for j, (degree, part) in enumerate(zip(layer.hidden, layer.product.parts, strict=True)):
+        if part is None:
+            block = contracted.new_zeros(m, c, nodes * (2 * degree + 1))
+        else:
+            (i,) = part.inputs
+            x = contracted[..., first[i] : first[i] + 2 * degree + 1].reshape(m, c, -1)
+            block = torch.bmm(matrix(weights[layer.product.weight], part).transpose(1, 2), x)
+        out.append(block + skip[j] if j in skip else block)
+    return out
+
+
+def read(readout: Readout, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Energy per node (M, N).  Args: x: (M, C, N) scalars."""
+    m, c, n = x.shape
+    first = weights[readout.first].view(m, c, -1) * readout.scale
+    h = torch.bmm(first.transpose(1, 2), x)
+    if readout.second is None:
+        return h.view(m, n)
+    second = weights[readout.second].view(m, -1, 1) * (readout.second_scale * readout.gain)
+    return torch.bmm(second.transpose(1, 2), torch.nn.functional.silu(h)).view(m, n)

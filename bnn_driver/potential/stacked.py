@@ -1,0 +1,234 @@
+"""MACE for M members at once, in plain tensor operations: the same numbers as MACE's own modules, many times faster.
+
+Layout: nodes are (atom, frame) with atoms sorted by element, N = A·B; node features [M, C, N, 2l+1] per block, messages
+[M, N, 2l+1, C].  Three choices make it fast:
+- the radial networks run once per bond, not per direction, on value and derivative dw/dr together (forward mode), and the
+  harmonics come with their derivatives, so that reverse mode never enters the geometry: with gY = ∂E/∂Y and gw = ∂E/∂w
+  the force on an edge is gY·dY/dr + (gw·dw/dr) r/|r|, and the second derivative of training is one reverse pass;
+- messages are summed over the neighbours of a node by one small matrix product, never stored per edge;
+- the symmetric contraction is the sparse polynomial of `contraction.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bnn_driver.potential.architecture import Architecture, Layer, read_architecture
+from bnn_driver.potential.arrangement import Arranged, arrange, edge_sums, rows
+from bnn_driver.potential.contract import Evaluation
+from bnn_driver.potential.geometry import envelope
+from bnn_driver.potential.graph import Graph
+from bnn_driver.potential.layers import by_element, convolve, element_matrix, forward_mode, matrix, mix, product, read
+from bnn_driver.potential.pruning import SampledWeights
+
+_PREPARED = "prepared."
+Weights = Mapping[str, Tensor]
+
+
+class StackedPotential:
+    """The fast path; see `Potential` for the contract."""
+
+    def __init__(self, module: nn.Module, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises: UnsupportedModel when a part of the model is not covered."""
+        self.module = module
+        self.head = head
+        self.elements = elements
+        self.cutoff = float(module.r_max)
+        self.dtype = dtype
+        self.device = device
+        self.sampled = SampledWeights(module, elements, head, dtype, device)
+        self.weights = self.sampled.theta()
+        self.never_sampled = self.sampled.never_sampled
+        self.path = "stacked: all members at once"
+        self.tables: Architecture = read_architecture(module, self.sampled, head, dtype, device)
+        self.n_features = sum(_width(layer, self.weights) for layer in self.tables.layers[-2:])
+        e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
+        self._e0 = e0[head if len(e0) > 1 else 0].to(device)[self.sampled.element_index]
+        self._z = torch.tensor(elements, device=device)
+
+    def prepare(self, weights: Weights) -> Weights:
+        """Weights with the contraction's pair weights, which depend on them alone."""
+        out = dict(weights)
+        for t, layer in enumerate(self.tables.layers):
+            out[f"{_PREPARED}{t}"] = self._pair_weights(layer, weights)
+        return out
+
+    def evaluate(self, weights: Weights, graph: Graph, *, create_graph: bool = False) -> Evaluation:
+        """See `Potential.evaluate`."""
+        members = len(next(iter(weights.values())))
+        g = arrange(graph, self._z)
+        with torch.no_grad():
+            length, harmonics, slopes, basis = self._geometry(g)
+        unit = g.vectors / length.unsqueeze(-1)
+        with torch.set_grad_enabled(create_graph):
+            radial = [self._radial(layer, weights, basis) for layer in self.tables.layers]
+        with torch.enable_grad():
+            leaves = [r[0] if create_graph else r[0].requires_grad_(True) for r in radial]
+            y = harmonics.expand(members, *harmonics.shape[1:]).clone().requires_grad_(True)
+            node_energy, features = self._network(weights, y, leaves, g)
+            grads = torch.autograd.grad(node_energy.sum(), [y, *leaves], create_graph=create_graph)
+        with torch.set_grad_enabled(create_graph):
+            slope = sum((gw * dw).sum(dim=-1) for gw, (_, dw) in zip(grads[1:], radial, strict=True))
+            node_energy, slope = self._with_repulsion(node_energy, slope, g, length)
+            forces, virial = edge_sums(grads[0], slope, slopes, unit, g)
+            energy = self._total(node_energy, g)
+        if not create_graph:
+            energy, features = energy.detach(), features.detach()
+        a, b, _ = g.shape
+        features = features.view(members, a, b, -1).index_select(1, g.inverse).transpose(1, 2)
+        return Evaluation(energy, forces, virial, features)
+
+    # ---- geometry: no weights, no automatic derivative
+
+    def _geometry(self, g: Arranged) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Edge lengths (L, E), Y (L, E, n), dY/dr (L, E, n, 3) 1/Å, and the radial basis of the bonds with derivatives."""
+        length = torch.linalg.vector_norm(g.vectors, dim=-1)
+        harmonics, slopes = self.tables.angular(g.vectors / length.unsqueeze(-1), length)
+        r = torch.gather(length, 1, g.half)
+        values, value_slopes, cut, cut_slopes = self.tables.radial(r, g.z)
+        basis = (values * g.bond, value_slopes * g.bond, cut * g.bond, cut_slopes * g.bond)
+        return length, harmonics, slopes, basis
+
+    def _radial(self, layer: Layer, weights: Weights, basis: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Convolution weights w (M, Q, paths·C [+ 1 density]) of every bond, and dw/dr."""
+        values, slopes, cut, cut_slopes = basis
+        w, dw = forward_mode(layer.radial, weights, values, slopes)
+        if layer.density is not None:
+            q, dq = forward_mode(layer.density, weights, values, slopes)
+            rho = torch.tanh(q * q)
+            w, dw = torch.cat([w, rho], dim=-1), torch.cat([dw, (1 - rho * rho) * 2 * q * dq], dim=-1)
+        if not self.tables.radial.inside:
+            w, dw = w * cut, dw * cut + w * cut_slopes
+        return w, dw
+
+    # ---- network
+
+    def _network(self, weights: Weights, y: Tensor, radial: list[Tensor], g: Arranged) -> tuple[Tensor, Tensor]:
+        """Interaction energy of each node (M, N) and features (M, N, F)."""
+        m, n = len(y), g.kind.numel()
+        embedding = weights["node_embedding.linear.weight"].view(m, len(self.elements), -1) * self.tables.embedding_scale
+        blocks: list[Tensor] = []
+        energy = y.new_zeros(m, n)
+        scalars = []
+        for t, layer in enumerate(self.tables.layers):
+            message = self._messages(layer, weights, embedding if t == 0 else None, blocks, y, radial[t], g)
+            prepared = weights.get(f"{_PREPARED}{t}")
+            pair_weights = self._pair_weights(layer, weights) if prepared is None else prepared
+            contracted = layer.contraction(message, pair_weights, g.slices)
+            skip = self._skip(layer, weights, embedding if t == 0 else None, blocks, g)
+            blocks = product(layer, weights, contracted, skip, n)
+            scalars.append(blocks[layer.scalar])
+        for readout in self.tables.readouts:
+            energy = energy + read(readout, weights, scalars[readout.layer])
+        features = torch.cat(scalars[-2:], dim=1).transpose(1, 2)
+        return energy * self.tables.scale + self.tables.shift, features
+
+    def _messages(
+        self,
+        layer: Layer,
+        weights: Weights,
+        embedding: Tensor | None,
+        blocks: list[Tensor],
+        y: Tensor,
+        radial: Tensor,
+        g: Arranged,
+    ) -> Tensor:
+        """Summed, mixed messages with a constant 1 behind: (M, C, N, n + 1)."""
+        m, n, k = len(y), g.kind.numel(), g.shape[2]
+        w = rows(radial, g.pair)  # (M, E, paths·C [+ 1])
+        sources = self._sources(layer, weights, embedding, blocks, g)
+        mid = convolve(layer, w, sources, y.view(m * n, k, -1))
+        density = None
+        if layer.density is not None:
+            density = 1.0 + w[..., -1].view(m, n, k).sum(dim=-1)  # (M, N)
+        mixed = mix(layer, weights, mid, m, g.slices)
+        out = []
+        for degree, x in zip(layer.degrees, mixed, strict=True):
+            block = y.new_zeros(m, layer.channels, n, 2 * degree + 1) if x is None else x.view(m, -1, n, 2 * degree + 1)
+            out.append(block if density is None else block / density[:, None, :, None])
+        one = y.new_ones(1, 1, 1, 1).expand(m, out[0].shape[1], n, 1)
+        return torch.cat([*out, one], dim=-1)
+
+    def _sources(
+        self, layer: Layer, weights: Weights, embedding: Tensor | None, blocks: list[Tensor], g: Arranged
+    ) -> list[Tensor | None]:
+        """Per block of the neighbours' features: (M, E, 2l+1, C)."""
+        if embedding is not None:
+            (part,) = layer.up.parts
+            up = torch.bmm(embedding, matrix(weights[layer.up.weight], part))
+            return [rows(up, g.source_kind).unsqueeze(2)]
+        out: list[Tensor | None] = []
+        for part in layer.up.parts:
+            if part is None:
+                out.append(None)
+                continue
+            (i,) = part.inputs
+            m, n = len(blocks[i]), g.kind.numel()
+            up = torch.bmm(blocks[i].transpose(1, 2), matrix(weights[layer.up.weight], part))
+            d = up.shape[1] // n
+            out.append(rows(up.view(m, n, -1), g.source).view(m, -1, d, part.columns))
+        return out
+
+    def _skip(
+        self, layer: Layer, weights: Weights, embedding: Tensor | None, blocks: list[Tensor], g: Arranged
+    ) -> dict[int, Tensor]:
+        """Skip connection: target block -> (M, C, N·(2l+1))."""
+        if not (layer.residual and layer.use_skip):
+            return {}
+        out = {}
+        for part in layer.skip.parts:
+            w = element_matrix(weights[layer.skip.weight], part)  # (M, elements, in, out)
+            if embedding is not None:
+                per_element = torch.matmul(embedding.unsqueeze(2), w)[:, :, 0]
+                out[part.target] = per_element.index_select(1, g.kind).transpose(1, 2)
+            else:
+                x = blocks[part.source]
+                out[part.target] = by_element(x.transpose(1, 2), w, g.slices, x.shape[2] // g.kind.numel())
+        return out
+
+    def _pair_weights(self, layer: Layer, weights: Weights) -> Tensor:
+        groups = []
+        for coupling in layer.contraction.couplings:
+            group = []
+            for name, u in zip(coupling.weights, coupling.tensors, strict=True):
+                w = weights[name]
+                group.append(w.view(len(w), len(self.elements), u.shape[-1], -1))
+            groups.append(group)
+        return layer.contraction.pair_weights(groups)
+
+    # ---- energies
+
+    def _with_repulsion(self, node_energy: Tensor, slope: Tensor, g: Arranged, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the screened nuclear repulsion of the model, if it has one."""
+        if not self.tables.repulsion:
+            return node_energy, slope
+        zbl = self.module.pair_repulsion_fn
+        radii = zbl.covalent_radii.to(self.device, self.dtype)
+        za, zb = (z.to(self.dtype) for z in g.z)
+        r = torch.gather(length, 1, g.half)
+        with torch.no_grad():
+            a = float(zbl.a_prefactor) * 0.529 / (za ** float(zbl.a_exp) + zb ** float(zbl.a_exp))
+            terms = [(float(c), -b) for c, b in zip(zbl.c, (3.2, 0.9423, 0.4028, 0.2016), strict=True)]
+            phi = sum(c * torch.exp(b * r / a) for c, b in terms)
+            dphi = sum(c * b / a * torch.exp(b * r / a) for c, b in terms)
+            cut, dcut = envelope(r, radii[g.z[0]] + radii[g.z[1]], int(zbl.p))
+            front = 14.3996 * za * zb / r * g.bond[..., 0]
+            value = front * phi * cut
+            change = front * (dphi * cut + phi * dcut - phi * cut / r)
+        factor = self.tables.scale if self.tables.scaled_repulsion else 1.0
+        per_edge = 0.5 * factor * rows(value.unsqueeze(-1), g.pair)[..., 0]
+        per_node = per_edge.view(len(per_edge), g.kind.numel(), -1).sum(dim=-1)
+        return node_energy + per_node, slope + factor * change
+
+    def _total(self, node_energy: Tensor, g: Arranged) -> Tensor:
+        """(M, B) eV, float64."""
+        a, b, _ = g.shape
+        return node_energy.double().view(-1, a, b).sum(dim=1) + self._e0.index_select(0, g.kind).view(a, b).sum(dim=0)
+
+
+def _width(layer: Layer, weights: Weights) -> int:
+    part = layer.product.parts[layer.scalar]
+    return 0 if part is None else part.columns
