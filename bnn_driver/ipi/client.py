@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from bnn_driver.errors import IpiGone, ProtocolError
+from bnn_driver.errors import ConfigError, IpiGone, ProtocolError
 from bnn_driver.ipi.connection import Answer, Asked, Connection
 from bnn_driver.ipi.replies import Reply, ReplyCheck, Request
 from bnn_driver.ipi.transport import Endpoint, connect
@@ -53,7 +53,10 @@ class Client:
             structures only.   shared_memory: i-PI's mode='shm'.   connect_timeout: s to wait for i-PI to listen.
             reconnects: how often in a row a lost connection is made again before IpiGone.
             gather_seconds: how long a request waits for those of the other connections.
+        Raises: ConfigError without an endpoint.
         """
+        if not endpoints:
+            raise ConfigError("the client got no endpoint: name at least one socket of i-PI")
         self._handler = handler
         self._gather_seconds = gather_seconds
         self._connect_timeout = connect_timeout

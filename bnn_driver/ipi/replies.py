@@ -45,6 +45,13 @@ class Reply:
     """One JSON object per structure, numbers in atomic units, at most 2-D, the same keys for the whole run."""
 
 
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not a number")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # made once: making it takes longer than a small text
+
+
 class ReplyCheck:
     """Refuses a reply that would spoil or hang i-PI; remembers the keys of the extras."""
 
@@ -72,7 +79,7 @@ class ReplyCheck:
 
     def _check_extras(self, text: str) -> None:
         try:
-            values = json.loads(text, parse_constant=_refuse_constant)
+            values = DECODER.decode(text)
         except (TypeError, ValueError) as error:
             raise BnnError(f"extras for i-PI must be strict JSON: {error}; got {text[:200]!r}") from error
         if not isinstance(values, dict):
@@ -94,10 +101,6 @@ class ReplyCheck:
                 raise BnnError(
                     f"extras[{key!r}] for i-PI must be a scalar, a list, or a list of lists of equal length; flatten it"
                 )
-
-
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not a number")
 
 
 def _refuse_value(name: str, values: Array, request: Request) -> NoReturn:

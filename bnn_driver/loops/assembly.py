@@ -25,6 +25,7 @@ from bnn_driver.loops.chain_update import Learner
 from bnn_driver.loops.seeds import derive
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import Ensemble
+from bnn_driver.potential.factory import make_potential
 from bnn_driver.potential.mace import load_mace
 from bnn_driver.potential.params import layout, repeat_weights
 from bnn_driver.potential.toy import ToyPotential
@@ -89,7 +90,7 @@ def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model
     else:
         file = base / s.model
         loaded = load_mace(file if file.is_file() else s.model, s.head, device)
-        potential = make_potential(loaded, numbers, dtype, device, s.path)
+        potential = make_potential(loaded.module, numbers, dtype, device, s.path, loaded.head)
         checksum = loaded.sha256
     head = NoiseHead(potential.n_features, config.ensemble.noise_head)
     e = config.ensemble

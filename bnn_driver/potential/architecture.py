@@ -97,6 +97,9 @@ class Layer:
     density: Dense | None
     paths: tuple[Path, ...]
     channels: int
+    """Of the neighbours' features, in the convolution."""
+    mixed: int
+    """Of the contracted features."""
     mid: Linear
     skip: ElementLinear
     neighbours: float
@@ -221,6 +224,7 @@ def _layer(module: nn.Module, t: int, sampled: SampledWeights, dtype: torch.dtyp
         density=_dense(block.density_fn, f"{prefix}.density_fn") if density else None,
         paths=_paths(block.conv_tp, dtype, device),
         channels=muls.pop(),
+        mixed=int(block.target_irreps[0].mul),
         mid=_by_slots(_linear(block.linear, f"{prefix}.linear.weight"), block.linear.irreps_in, block.conv_tp.irreps_out),
         skip=_element_linear(block.skip_tp, f"{prefix}.skip_tp.weight", len(sampled.element_index)),
         neighbours=1.0 if density else float(block.avg_num_neighbors),

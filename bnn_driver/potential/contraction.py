@@ -41,40 +41,37 @@ class Contraction:
 
     couplings: tuple[Coupling, ...]
     tables: tuple[Tensor, ...]
-    """Per output irrep: T (k, (n+1)·P_L)."""
+    """Per output irrep: T (k, P_L·(n+1))."""
     pairs: tuple[int, ...]
     """P_L."""
-    select: Tensor
-    """(n+1, 2P): ones that pick the two factors of each pair."""
-    segments: Tensor | None
-    """(P, R): ones that add the pairs of each output; None when there is one output."""
+    first: Tensor
+    """(P,) int64, first factor of each pair."""
+    second: Tensor
+    """(P,) int64, second factor."""
+    segments: list[int]
+    """(R,) number of pairs of each output; the pairs are sorted by output."""
     components: int
 
-    @property
-    def outputs(self) -> int:
-        """R."""
-        return 1 if self.segments is None else self.segments.shape[1]
-
     def pair_weights(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
-        """V of every element.  Args: weights: per output irrep and ν: (M, E, k_ν, C).  Returns: (E, M, C, n+1, P)."""
+        """V of every element.  Args: weights: per output irrep and ν: (M, E, k_ν, C).  Returns: (E, M, C, P, n+1)."""
         parts = []
         for table, pairs, group in zip(self.tables, self.pairs, weights, strict=True):
             w = torch.cat(list(group), dim=2).permute(1, 0, 3, 2)
-            parts.append(torch.matmul(w, table).view(*w.shape[:3], self.components + 1, pairs))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            parts.append(torch.matmul(w, table).view(*w.shape[:3], pairs, self.components + 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
     def __call__(self, x: Tensor, pair_weights: Tensor, slices: Sequence[tuple[int, int, int]]) -> Tensor:
-        """out (M, C, N, R).
+        """out (M, C, R, N).
 
-        Args: x: (M, C, N, n+1), the last component 1.   pair_weights: (E, M, C, n+1, P).
+        Args: x: (M, C, n+1, N), the last component 1.   pair_weights: (E, M, C, P, n+1).
             slices: (element, first node, last node + 1), nodes being sorted by element.
         """
-        single = [torch.matmul(x[:, :, a:b], pair_weights[e]) for e, a, b in slices]
-        inner = single[0] if len(single) == 1 else torch.cat(single, dim=2)
-        factors = torch.matmul(x, self.select)
-        pairs = inner.shape[-1]
-        terms = factors[..., :pairs] * factors[..., pairs:] * inner
-        return terms.sum(dim=-1, keepdim=True) if self.segments is None else torch.matmul(terms, self.segments)
+        of_element = pair_weights.unbind(0)
+        nodes = x.split([b - a for _, a, b in slices], dim=-1)
+        single = [torch.matmul(of_element[e], part) for (e, _, _), part in zip(slices, nodes, strict=True)]
+        inner = single[0] if len(single) == 1 else torch.cat(single, dim=-1)
+        terms = x.index_select(2, self.first) * x.index_select(2, self.second) * inner
+        return torch.stack([part.sum(dim=2) for part in terms.split(self.segments, dim=2)], dim=2)
 
 
 def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device: torch.device) -> Contraction:
@@ -85,25 +82,22 @@ def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device:
         first = max(owner, default=-1) + 1
         rows, pairs = _factorised(coupling.tensors, n)
         k = sum(u.shape[-1] for u in coupling.tensors)
-        table = np.zeros((k, n + 1, len(pairs)))
+        table = np.zeros((k, len(pairs), n + 1))
         for (single, pair), coefficients in rows.items():
-            table[:, single, pair] += coefficients
+            table[:, pair, single] += coefficients
         tables.append(table.reshape(k, -1))
         counts.append(len(pairs))
         all_pairs += [pair for _, pair in pairs]
         owner += [first + output for output, _ in pairs]
-    p = len(all_pairs)
-    select, segments = np.zeros((n + 1, 2 * p)), np.zeros((p, max(owner) + 1))
-    for q, (a, b) in enumerate(all_pairs):
-        select[a, q] = select[b, p + q] = 1.0
-        segments[q, owner[q]] = 1.0
-
-    def tensor(x: Array) -> Tensor:
-        return torch.as_tensor(x, dtype=dtype, device=device)
-
-    one = segments.shape[1] == 1
+    factors = torch.tensor(all_pairs, dtype=torch.int64, device=device)
     return Contraction(
-        tuple(couplings), tuple(tensor(t) for t in tables), tuple(counts), tensor(select), None if one else tensor(segments), n
+        couplings=tuple(couplings),
+        tables=tuple(torch.as_tensor(t, dtype=dtype, device=device) for t in tables),
+        pairs=tuple(counts),
+        first=factors[:, 0].contiguous(),
+        second=factors[:, 1].contiguous(),
+        segments=np.bincount(owner).tolist(),
+        components=n,
     )
 
 

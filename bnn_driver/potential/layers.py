@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,22 +24,27 @@ def forward_mode(network: Dense, weights: Mapping[str, Tensor], x: Tensor, dx: T
         w = weights[name] * scale
         h = torch.bmm(h if len(h) == len(w) else h.expand(len(w), *h.shape[1:]), w)
         if i < len(network.names) - 1:
-            value, slope = h[:, :q], h[:, q:]
+            value, slope = h.split(q, dim=1)
             gate = torch.sigmoid(value)
             silu = value * gate
             h = torch.cat([silu, slope * (gate + silu * (1 - gate))], dim=1)
-    return h[:, :q], h[:, q:]
+    value, slope = h.split(q, dim=1)
+    return value, slope
 
 
 def matrix(weight: Tensor, part: LinearPart) -> Tensor:
     """(M, rows, columns) of one output block, scaled."""
-    return weight[:, part.start : part.start + part.rows * part.columns].view(-1, part.rows, part.columns) * part.scale
+    return _block(weight, part.start, part.rows * part.columns).view(-1, part.rows, part.columns) * part.scale
 
 
 def element_matrix(weight: Tensor, part: ElementPart) -> Tensor:
     """(M, elements, in, out), scaled."""
     a, e, c = part.shape
-    return weight[:, part.start : part.start + a * e * c].view(-1, a, e, c).transpose(1, 2) * part.scale
+    return _block(weight, part.start, a * e * c).view(-1, a, e, c).transpose(1, 2) * part.scale
+
+
+def _block(weight: Tensor, start: int, size: int) -> Tensor:
+    return weight if weight.shape[1] == size else weight[:, start : start + size]
 
 
 def by_element(x: Tensor, w: Tensor, slices: Slices, width: int) -> Tensor:
@@ -46,7 +52,11 @@ def by_element(x: Tensor, w: Tensor, slices: Slices, width: int) -> Tensor:
 
     Args: x: (M, N·width, in), nodes sorted by element.   w: (M, elements, in, out).   Returns: (M, out, N·width).
     """
-    parts = [torch.bmm(w[:, e].transpose(1, 2), x[:, a * width : b * width].transpose(1, 2)) for e, a, b in slices]
+    of_element = w.unbind(1)
+    nodes = x.split([(b - a) * width for _, a, b in slices], dim=1)
+    parts = [
+        torch.bmm(of_element[e].transpose(1, 2), part.transpose(1, 2)) for (e, _, _), part in zip(slices, nodes, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
@@ -58,22 +68,20 @@ def convolve(layer: Layer, w: Tensor, sources: Sequence[Tensor | None], y: Tenso
     m, e = w.shape[:2]
     nodes, k, _ = y.shape
     c, n_paths = layer.channels, len(layer.paths)
-    per_path = w[..., : n_paths * c].view(m, e, n_paths, c)
-    transposed = y.transpose(1, 2)
+    per_path = (w if w.shape[-1] == n_paths * c else w[..., : n_paths * c]).reshape(m, e, n_paths, c)
+    degrees = y.transpose(1, 2).split([2 * degree + 1 for degree in range(math.isqrt(y.shape[-1]))], dim=1)
     only = sources[0] if len(sources) == 1 else None
     if only is not None and only.shape[2] == 1:  # scalars alone: one product for all paths
-        z = (per_path * only).view(nodes, k, n_paths * c)
-        columns = [z[:, :, p * c : (p + 1) * c] for p in range(n_paths)]
+        columns = list((per_path * only).view(nodes, k, n_paths * c).split(c, dim=-1))
     else:
         columns = []
+        w_of = per_path.unsqueeze(3).unbind(2)
         for p, path in enumerate(layer.paths):
             x = sources[path.source]
-            columns.append(
-                y.new_zeros(nodes, k, c * (2 * path.l1 + 1)) if x is None else (per_path[:, :, p, None] * x).view(nodes, k, -1)
-            )
+            columns.append(y.new_zeros(nodes, k, c * (2 * path.l1 + 1)) if x is None else (w_of[p] * x).view(nodes, k, -1))
     out = {}
     for path, z in zip(layer.paths, columns, strict=True):
-        summed = torch.bmm(transposed[:, path.l2**2 : (path.l2 + 1) ** 2], z)
+        summed = torch.bmm(degrees[path.l2], z)
         if path.coupling is not None:
             summed = torch.matmul(path.coupling, summed.view(nodes, -1, c))
         out[path.target] = summed.view(nodes, 2 * path.l3 + 1, c)
@@ -105,19 +113,16 @@ def mix(layer: Layer, weights: Mapping[str, Tensor], mid: Mapping[int, Tensor], 
     return out
 
 
-def product(
-    layer: Layer, weights: Mapping[str, Tensor], contracted: Tensor, skip: Mapping[int, Tensor], nodes: int
-) -> list[Tensor]:
-    """Node features after the product: per block (M, C, N·(2l+1)).  Args: contracted: (M, C, N, R)."""
-    first = [sum(2 * degree + 1 for degree in layer.hidden[:i]) for i in range(len(layer.hidden))]
-    m, c = contracted.shape[:2]
+def product(layer: Layer, weights: Mapping[str, Tensor], contracted: Tensor, skip: Mapping[int, Tensor]) -> list[Tensor]:
+    """Node features after the product: per block (M, C, (2l+1)·N).  Args: contracted: (M, C, R, N)."""
+    m, c, _, nodes = contracted.shape
+    blocks = contracted.split([2 * degree + 1 for degree in layer.hidden], dim=2)
     out = []
     for j, (degree, part) in enumerate(zip(layer.hidden, layer.product.parts, strict=True)):
         if part is None:
             block = contracted.new_zeros(m, c, nodes * (2 * degree + 1))
         else:
-            (i,) = part.inputs
-            x = contracted[..., first[i] : first[i] + 2 * degree + 1].reshape(m, c, -1)
+            x = blocks[part.inputs[0]].reshape(m, c, -1)
             block = torch.bmm(matrix(weights[layer.product.weight], part).transpose(1, 2), x)
         out.append(block + skip[j] if j in skip else block)
     return out

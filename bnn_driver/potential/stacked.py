@@ -1,6 +1,6 @@
 """MACE for M members at once, in plain tensor operations: the same numbers as MACE's own modules, many times faster.
 
-Layout: nodes are (atom, frame) with atoms sorted by element, N = A·B; node features [M, C, N, 2l+1] per block, messages
+Layout: nodes are (atom, frame) with atoms sorted by element, N = A·B; node features [M, C, 2l+1, N] per block, messages
 [M, N, 2l+1, C].  Three choices make it fast:
 - the radial networks run once per bond, not per direction, on value and derivative dw/dr together (forward mode), and the
   harmonics come with their derivatives, so that reverse mode never enters the geometry: with gY = ∂E/∂Y and gw = ∂E/∂w
@@ -119,7 +119,7 @@ class StackedPotential:
             pair_weights = self._pair_weights(layer, weights) if prepared is None else prepared
             contracted = layer.contraction(message, pair_weights, g.slices)
             skip = self._skip(layer, weights, embedding if t == 0 else None, blocks, g)
-            blocks = product(layer, weights, contracted, skip, n)
+            blocks = product(layer, weights, contracted, skip)
             scalars.append(blocks[layer.scalar])
         for readout in self.tables.readouts:
             energy = energy + read(readout, weights, scalars[readout.layer])
@@ -136,7 +136,7 @@ class StackedPotential:
         radial: Tensor,
         g: Arranged,
     ) -> Tensor:
-        """Summed, mixed messages with a constant 1 behind: (M, C, N, n + 1)."""
+        """Summed, mixed messages with a constant 1 behind: (M, C, n + 1, N)."""
         m, n, k = len(y), g.kind.numel(), g.shape[2]
         w = rows(radial, g.pair)  # (M, E, paths·C [+ 1])
         sources = self._sources(layer, weights, embedding, blocks, g)
@@ -147,10 +147,11 @@ class StackedPotential:
         mixed = mix(layer, weights, mid, m, g.slices)
         out = []
         for degree, x in zip(layer.degrees, mixed, strict=True):
-            block = y.new_zeros(m, layer.channels, n, 2 * degree + 1) if x is None else x.view(m, -1, n, 2 * degree + 1)
-            out.append(block if density is None else block / density[:, None, :, None])
-        one = y.new_ones(1, 1, 1, 1).expand(m, out[0].shape[1], n, 1)
-        return torch.cat([*out, one], dim=-1)
+            d = 2 * degree + 1
+            block = y.new_zeros(m, layer.mixed, d, n) if x is None else x.view(m, -1, n, d).transpose(2, 3)
+            out.append(block if density is None else block / density[:, None, None, :])
+        out.append(y.new_ones(1, 1, 1, 1).expand(m, out[0].shape[1], 1, n))
+        return torch.cat(out, dim=2)
 
     def _sources(
         self, layer: Layer, weights: Weights, embedding: Tensor | None, blocks: list[Tensor], g: Arranged
@@ -169,7 +170,8 @@ class StackedPotential:
             m, n = len(blocks[i]), g.kind.numel()
             up = torch.bmm(blocks[i].transpose(1, 2), matrix(weights[layer.up.weight], part))
             d = up.shape[1] // n
-            out.append(rows(up.view(m, n, -1), g.source).view(m, -1, d, part.columns))
+            per_node = up.view(m, d, n, -1).transpose(1, 2).reshape(m, n, -1)
+            out.append(rows(per_node, g.source).view(m, -1, d, part.columns))
         return out
 
     def _skip(
@@ -185,8 +187,11 @@ class StackedPotential:
                 per_element = torch.matmul(embedding.unsqueeze(2), w)[:, :, 0]
                 out[part.target] = per_element.index_select(1, g.kind).transpose(1, 2)
             else:
-                x = blocks[part.source]
-                out[part.target] = by_element(x.transpose(1, 2), w, g.slices, x.shape[2] // g.kind.numel())
+                n = g.kind.numel()
+                x = blocks[part.source].unflatten(2, (-1, n))  # (M, C, 2l+1, N)
+                d = x.shape[2]
+                mapped = by_element(x.permute(0, 3, 2, 1).flatten(1, 2), w, g.slices, d)
+                out[part.target] = mapped.unflatten(2, (n, d)).transpose(2, 3).flatten(2)
         return out
 
     def _pair_weights(self, layer: Layer, weights: Weights) -> Tensor:

@@ -57,7 +57,7 @@ def test_the_published_update_ends_on_samples_of_the_posterior() -> None:
     """200 chains from the prior's centre, AMSGrad mass, minibatches of 5, cosine to 0.
 
     Means within 4 Monte Carlo errors; standard deviations within 4 errors plus 5 % for what the moving mass and the gradient
-    noise leave (their law is not exact); kinetic temperature 1 within 10 %.
+    noise leave (2000 chains: below 1 %, Monte Carlo error 1.6 %); kinetic temperature 0.95, for the momenta lag behind the falling step.
     """
     line, chains = Line(), 200
     theta, report = update_chains(_start(chains), PRIOR, line, N, [N - 1], C, PUBLISHED, range(chains))
@@ -79,7 +79,7 @@ def test_the_published_update_ends_on_samples_of_the_posterior() -> None:
     assert mean_error.abs().max() < 4.0
     assert (sd_ratio - 1).abs().max() < 4 * error + 0.05
     assert (white_ratio - 1).abs().max() < 4 * error + 0.05
-    assert kinetic == pytest.approx(1.0, abs=0.1)
+    assert kinetic == pytest.approx(0.95, abs=0.05)
     assert not report.diverged
 
 

@@ -15,7 +15,7 @@ from fake_ipi import FakeIpi
 from harness import Serving
 from toys import Harmonic
 
-from bnn_driver.errors import BnnError, GuardStop, IpiGone, ProtocolError
+from bnn_driver.errors import BnnError, ConfigError, GuardStop, IpiGone, ProtocolError
 from bnn_driver.ipi import connection, wire
 from bnn_driver.ipi.client import Client, Reply, Request
 from bnn_driver.ipi.transport import Channel
@@ -103,6 +103,21 @@ def test_legacy_order_does_not_deadlock(ipi: FakeIpi):
         ipi.say(wire.GETFORCE)
         expect(ipi.forces(1, 4), x)
         assert ipi.status() == wire.READY
+    ipi.say(wire.EXIT)
+    assert serving.join(3.0) == "exit"
+
+
+def test_nothing_is_computed_before_the_next_header_is_read(ipi: FakeIpi):
+    """A kill over an unread GETFORCE would give i-PI a reset."""
+    handler = Harmonic(K)
+    serving = Serving(client([ipi], handler))
+    ipi.initialise()
+    x, cell = frames(1)
+    ipi.say(wire.pack_posdata(x, cell, batched=False))
+    time.sleep(0.2)
+    assert handler.sizes == []
+    ipi.say(wire.GETFORCE)
+    expect(ipi.forces(1, 4), x)
     ipi.say(wire.EXIT)
     assert serving.join(3.0) == "exit"
 
@@ -334,6 +349,21 @@ def test_reconnects_in_a_row_are_limited(ipi: FakeIpi):
     assert "given up after 2 reconnects" in str(outcome)
 
 
+def test_delivered_reply_starts_the_count_of_reconnects_again(ipi: FakeIpi):
+    serving = Serving(client([ipi], Harmonic(K), reconnects=1))
+    for _ in range(3):
+        ipi.initialise()
+        x, cell = frames(1)
+        ipi.ask(x, cell)
+        expect(ipi.forces(1, 4), x)
+        assert ipi.peer is not None
+        ipi.peer.close()
+    ipi.initialise()
+    ipi.say(wire.EXIT)
+    ipi.server.close()
+    assert serving.join(3.0) == "exit"
+
+
 def test_exit_of_a_dropped_client_is_not_the_end_while_ipi_listens(ipi: FakeIpi):
     serving = Serving(client([ipi], Harmonic(K), reconnects=1))
     ipi.initialise()
@@ -424,8 +454,8 @@ def test_other_connections_are_read_while_the_handler_works(make: Callable[[int]
     gate.set()
     fakes[1].peer.settimeout(5.0)
     expect(fakes[1].forces(1, 100_000), big)
-    for fake in fakes:
-        fake.say(wire.EXIT) if fake is fakes[1] else fake.close()
+    fakes[1].say(wire.EXIT)
+    fakes[0].close()
     assert isinstance(serving.join(5.0), IpiGone)  # one i-PI died
 
 
@@ -454,17 +484,38 @@ def test_close_from_another_thread_ends_serving_at_once(make: Callable[[int], li
     assert all(fake.hear(12) == b"" for fake in fakes)
 
 
-def test_close_in_a_signal_handler_ends_serving_at_once(ipi: FakeIpi):
-    closing = client([ipi], Harmonic(K), reconnects=3)
+@pytest.mark.parametrize("count", [1, 2])
+def test_close_in_a_signal_handler_ends_serving_at_once(make: Callable[[int], list[FakeIpi]], count: int):
+    fakes = make(count)
+    closing = client(fakes, Harmonic(K), reconnects=3)
     before = signal.signal(signal.SIGUSR1, lambda *_: closing.close())
-    script = threading.Thread(target=lambda: (ipi.initialise(), signal.pthread_kill(main, signal.SIGUSR1)))
     main = threading.main_thread().ident
+    assert main is not None
+    script = threading.Thread(target=lambda: ([fake.initialise() for fake in fakes], signal.pthread_kill(main, signal.SIGUSR1)))
     try:
         script.start()
         assert closing.serve() == "closed"
     finally:
         signal.signal(signal.SIGUSR1, before)
         script.join()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_keyboard_interrupt_while_waiting_hangs_up_at_once(make: Callable[[int], list[FakeIpi]], count: int):
+    fakes = make(count)
+    main = threading.main_thread().ident
+    assert main is not None
+    script = threading.Thread(target=lambda: ([fake.initialise() for fake in fakes], signal.pthread_kill(main, signal.SIGINT)))
+    script.start()
+    with pytest.raises(KeyboardInterrupt):
+        client(fakes, Harmonic(K), reconnects=3).serve()
+    script.join()
+    assert all(fake.hear(12) == b"" for fake in fakes)
+
+
+def test_client_without_an_endpoint_says_so():
+    with pytest.raises(ConfigError, match="no endpoint"):
+        client([], Harmonic(K))
 
 
 def test_close_while_the_handler_works_lets_ipi_go_before_it_ends(ipi: FakeIpi):

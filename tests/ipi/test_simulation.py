@@ -318,6 +318,18 @@ def test_wait_until_listening_is_true_for_inet(tmp_path: Path):
         assert process.wait(5.0)
 
 
+@pytest.mark.ipi
+def test_ipi_that_does_not_react_is_killed_in_time(tmp_path: Path):
+    with running(Setup(), tmp_path) as (process, _):
+        assert process._process is not None
+        os.kill(process._process.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        assert not process.stop(0.3, 0.3)
+        assert time.monotonic() - start < 3.0
+        assert not process.is_running
+        assert not process.finished()
+
+
 def test_named_files_are_found_from_the_working_folder(tmp_path: Path):
     path = Setup(dynamics=NVE, structure=XYZ).write(tmp_path / "user" / "inputs")
     (tmp_path / "user" / "shared.xyz").write_text(XYZ)

@@ -1,14 +1,17 @@
 """Channels: exact, never endless, and an end that i-PI survives."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
 
 from bnn_driver.errors import ConfigError, EnvironmentProblem, IpiGone
-from bnn_driver.ipi.transport import Channel, Endpoint, accept, connect, has_listener, listen, remove_stale_socket
+from bnn_driver.ipi.transport import Channel, Endpoint, SharedArrays, accept, connect, has_listener, listen, remove_stale_socket
 
 
 def pair() -> tuple[Channel, socket.socket]:
@@ -161,3 +164,29 @@ def test_listening_twice_says_so(tmp_path: Path):
     with pytest.raises(EnvironmentProblem, match="cannot listen"):
         listen(endpoint)
     server.close()
+
+
+ATTACH = """
+import sys
+from bnn_driver.ipi.transport import SharedArrays
+shared = SharedArrays({kind: sys.argv[1] for kind in ("pos", "h", "ih", "pot", "force", "vir")}, 1, 1)
+shared.arrays["pot"][0, 0] = 7.0
+"""
+
+
+def test_shared_memory_of_ipi_outlives_the_driver():
+    segment = shared_memory.SharedMemory(create=True, size=4096)
+    try:
+        done = subprocess.run([sys.executable, "-c", ATTACH, segment.name], capture_output=True, text=True, check=True)
+        again = shared_memory.SharedMemory(name=segment.name)  # FileNotFoundError: the driver's exit removed it
+        assert bytes(again.buf[:8]) == b"\0\0\0\0\0\0\x1c@"
+        again.close()
+        assert "leaked" not in done.stderr
+    finally:
+        segment.close()
+        segment.unlink()
+
+
+def test_shared_memory_that_is_not_there_says_one_node():
+    with pytest.raises(EnvironmentProblem, match="one node"):
+        SharedArrays({"pos": "no_such_segment"}, 1, 1)
