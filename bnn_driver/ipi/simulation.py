@@ -6,6 +6,7 @@ kill leaves only the last <checkpoint>: the furthest readable file of both is wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -54,6 +55,7 @@ class IpiProcess:
         self.folder = Path(folder).absolute()
         self.log_file = Path(log_file).absolute()
         self._process: subprocess.Popen[bytes] | None = None
+        self._endpoints: tuple[Endpoint, ...] = ()
 
     def start(self) -> IpiInput:
         """Start i-PI on the user's input, or where an earlier run in this folder stopped; returns what it runs on.
@@ -71,12 +73,16 @@ class IpiProcess:
             raise ConfigError(
                 f"i-PI in {self.folder} has done all {effective.total_steps} steps; raise <total_steps> in {self.xml} to go on"
             )
-        for endpoint in effective.endpoints:
-            if endpoint.kind == "unix":
-                remove_stale_socket(endpoint.path)
+        self._endpoints = effective.endpoints
+        self._remove_stale_sockets()
         (self.folder / "EXIT").unlink(missing_ok=True)
         self._spawn(source)
         return effective
+
+    def _remove_stale_sockets(self) -> None:
+        for endpoint in self._endpoints:
+            if endpoint.kind == "unix":
+                remove_stale_socket(endpoint.path)
 
     def _spawn(self, source: Path) -> None:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +198,8 @@ class IpiProcess:
         except subprocess.TimeoutExpired:
             return False
         self._pid_file.unlink(missing_ok=True)
+        with contextlib.suppress(EnvironmentProblem):  # another i-PI has taken the address
+            self._remove_stale_sockets()
         return True
 
     def stop(self, exit_seconds: float, terminate_seconds: float) -> bool:

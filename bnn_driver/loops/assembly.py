@@ -62,7 +62,7 @@ def read_system(config: Config, base: Path) -> tuple[Frames, IpiInput | None]:
     elif system.structure:
         found = None
         try:
-            atoms = ase.io.read(base / system.structure)
+            atoms: Any = ase.io.read(base / system.structure)
         except Exception as error:  # ase raises whatever its readers raise
             raise ConfigError(f"[system] structure: {base / system.structure} cannot be read: {error}") from None
         numbers, positions, cell = atoms.numbers, atoms.positions, atoms.cell.array
@@ -90,7 +90,7 @@ def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model
     else:
         file = base / s.model
         loaded = load_mace(file if file.is_file() else s.model, s.head, device)
-        potential = make_potential(loaded.module, numbers, dtype, device, s.path, loaded.head)
+        potential = make_potential(loaded.module, numbers.tolist(), dtype, device, s.path, loaded.head)
         checksum = loaded.sha256
     head = NoiseHead(potential.n_features, config.ensemble.noise_head)
     e = config.ensemble

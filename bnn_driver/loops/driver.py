@@ -120,11 +120,11 @@ class Driver:
         self.clock = Clock()
         self.frames_seen = 0
         self.calibrations = dict(calibrations)
-        self.coverage = Coverage()
+        self.coverage = {criterion.name: Coverage() for criterion in policy.criteria}
         for item in labelling.store.all():
             self.calibrations = policy.observe(self.calibrations, item, self.offset)
             if item.context["audit"]:
-                self.coverage = self.coverage.observe(any(policy.exceeded(item, self.offset).values()))
+                self._observe_audit(item)
         self._replied = time.monotonic()
 
     @property
@@ -212,14 +212,24 @@ class Driver:
 
     def _take_audits(self, timeout: float = 0.0) -> None:
         for answer in self.labelling.collect(self.warn, timeout):
-            broken_before = self.coverage.is_broken(1 - self.policy.confidence, self.policy.confidence)
-            self.coverage = self.coverage.observe(any(self.policy.exceeded(answer, self.offset).values()))
+            broken = self._broken()
+            self._observe_audit(answer)
             self._learn(answer)
-            if not broken_before and self.coverage.is_broken(1 - self.policy.confidence, self.policy.confidence):
+            for name in self._broken() - broken:
+                counted = self.coverage[name]
                 self.warn(
-                    f"the promise is broken: {self.coverage.exceeded} of {self.coverage.audits} audited frames were beyond the accuracy; "
+                    f"the promise on the {name} is broken: {counted.exceeded} of {counted.audits} audited frames were beyond the accuracy; "
                     "the audits enter the calibration, so more frames are asked from here on"
                 )
+
+    def _observe_audit(self, answer: LabelledFrame) -> None:
+        for name, exceeded in self.policy.exceeded(answer, self.offset).items():
+            self.coverage[name] = self.coverage[name].observe(exceeded)
+
+    def _broken(self) -> set[str]:
+        """Criteria whose promise the audits refute."""
+        confidence = self.policy.confidence
+        return {name for name, counted in self.coverage.items() if counted.is_broken(1 - confidence, confidence)}
 
     def _wait_for_chains(self, allowed_lag: int) -> None:
         begin = time.monotonic()

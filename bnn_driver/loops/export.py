@@ -9,8 +9,10 @@ import torch
 
 from bnn_driver.config import read_config
 from bnn_driver.errors import ConfigError, EnvironmentProblem
-from bnn_driver.loops.assembly import TOY, load_model
+from bnn_driver.loops.assembly import load_model
 from bnn_driver.potential.export import export_mace
+from bnn_driver.potential.modules import ModulesPotential
+from bnn_driver.potential.stacked import StackedPotential
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import RunDirectory, read_json
@@ -51,10 +53,10 @@ def export_run(run_path: Path, target: str, folder: Path) -> str:
     run = RunDirectory.existing(run_path)
     facts = read_json(run.settings_file)
     config = read_config(run.path / "bnn.toml")
-    if config.potential.model == TOY:
-        raise ConfigError("this run has the toy potential, which has no model file to export")
     base = Path(facts["effective"]["base"])
     model = load_model(config, base, np.array(facts["physics"]["numbers"]), "cpu")
+    if not isinstance(model.potential, StackedPotential | ModulesPotential):
+        raise ConfigError("this run has the toy potential, which has no model file to export")
     if model.checksum != facts["physics"]["model"]:
         raise EnvironmentProblem(
             f"{config.potential.model} is not the file that the run was begun with (its SHA-256 differs); restore it"

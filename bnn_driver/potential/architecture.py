@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from bnn_driver.potential.contraction import Contraction, Coupling, build_contraction
 from bnn_driver.potential.geometry import Angular, Radial, angular
@@ -141,9 +140,7 @@ class Architecture:
     scaled_repulsion: bool
 
 
-def read_architecture(
-    module: nn.Module, sampled: SampledWeights, head: int, dtype: torch.dtype, device: torch.device
-) -> Architecture:
+def read_architecture(module: Any, sampled: SampledWeights, head: int, dtype: torch.dtype, device: torch.device) -> Architecture:
     """Tables of a MACE or ScaleShiftMACE module.  Raises: UnsupportedModel with the part that is not covered."""
     _need(type(module).__name__ in ("MACE", "ScaleShiftMACE"), f"a {type(module).__name__}")
     radial = _radial(module, dtype, device)
@@ -177,12 +174,12 @@ def _of_head(x: torch.Tensor, head: int) -> float:
     return float(values[head if len(values) > 1 else 0])
 
 
-def _checked_harmonics(module: nn.Module, lmax: int, v: torch.Tensor) -> torch.Tensor:
+def _checked_harmonics(module: Any, lmax: int, v: torch.Tensor) -> torch.Tensor:
     _need(len(module.spherical_harmonics._ls_list) == lmax + 1, "edge harmonics that skip a degree")
     return spherical_harmonics(lmax, v)
 
 
-def _radial(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Radial:
+def _radial(module: Any, dtype: torch.dtype, device: torch.device) -> Radial:
     block = module.radial_embedding
     basis, cut = block.bessel_fn, block.cutoff_fn
     _need(type(basis).__name__ == "BesselBasis", f"a radial basis of {type(basis).__name__}")
@@ -202,7 +199,7 @@ def _radial(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Radi
     )
 
 
-def _layer(module: nn.Module, t: int, sampled: SampledWeights, dtype: torch.dtype, device: torch.device) -> Layer:
+def _layer(module: Any, t: int, sampled: SampledWeights, dtype: torch.dtype, device: torch.device) -> Layer:
     block, product = module.interactions[t], module.products[t]
     name = type(block).__name__
     _need(name in _INTERACTIONS, f"the {name}")
@@ -319,7 +316,7 @@ def _paths(product: Any, dtype: torch.dtype, device: torch.device) -> tuple[Path
     return tuple(out)
 
 
-def _couplings(product: nn.Module, t: int, sampled: SampledWeights) -> list[Coupling]:
+def _couplings(product: Any, t: int, sampled: SampledWeights) -> list[Coupling]:
     out = []
     contractions = product.symmetric_contractions
     _need(hasattr(contractions, "contractions"), "a symmetric contraction of another library")
@@ -340,7 +337,7 @@ def _couplings(product: nn.Module, t: int, sampled: SampledWeights) -> list[Coup
     return out
 
 
-def _readout(module: nn.Module, i: int) -> Readout:
+def _readout(module: Any, i: int) -> Readout:
     block = module.readouts[i]
     kind = type(block).__name__
     layer = len(module.interactions) - 1 if len(module.readouts) == 1 else i

@@ -77,7 +77,10 @@ class Contraction:
 def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device: torch.device) -> Contraction:
     """Symmetrise and factorise the coupling tensors of one layer."""
     n = couplings[0].tensors[0].shape[1]
-    tables, counts, all_pairs, owner = [], [], [], []
+    tables: list[Array] = []
+    counts: list[int] = []
+    all_pairs: list[tuple[int, int]] = []
+    owner: list[int] = []
     for coupling in couplings:
         first = max(owner, default=-1) + 1
         rows, pairs = _factorised(coupling.tensors, n)

@@ -118,12 +118,16 @@ class Ensemble:
 def _still_valid(listed: Frames, frames: Frames, skin: float) -> bool:
     """True when no atom has moved by half the skin since the list was made, so that no neighbour is missed."""
     same = listed.positions.shape == frames.positions.shape and np.array_equal(listed.numbers, frames.numbers)
-    if not same or (listed.cell is None) != (frames.cell is None):
-        return False
-    if listed.cell is not None and not np.array_equal(listed.cell, frames.cell):
+    if not same or not _same_cell(listed.cell, frames.cell):
         return False
     moved = ((frames.positions - listed.positions) ** 2).sum(axis=-1)
     return bool(moved.max(initial=0.0) < (0.5 * skin) ** 2)
+
+
+def _same_cell(a: Array | None, b: Array | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b)
 
 
 def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], generation: int) -> int:

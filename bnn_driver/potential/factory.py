@@ -47,13 +47,15 @@ def make_potential(
     reference = ModulesPotential(module, elements, head, dtype, device, "reference")
     try:
         stacked = StackedPotential(module, elements, head, dtype, device)
-    except UnsupportedModel as refusal:
-        why = f"the fast path does not cover {refusal}"
-    else:
         error = disagreement(stacked, reference, check or random_cluster(numbers))
         if error <= TOLERANCE[dtype]:
             return _announced(stacked)
         why = f"the fast path differs from MACE by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
+        logger.warning("%s; MACE's own code is used. Please report the model.", why)
+    except UnsupportedModel as refusal:
+        why = f"the fast path does not cover {refusal}"
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error_in_reading:
+        why = f"the fast path cannot read this model ({type(error_in_reading).__name__}: {error_in_reading})"
         logger.warning("%s; MACE's own code is used. Please report the model.", why)
     if path == "stacked":
         raise ModelError(f"path = stacked cannot be had: {why}. Use path = auto.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ class Graph:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Graph:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "numbers"}
-        return replace(self, **{name: None if x is None else change(x) for name, x in values.items()})
+        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in values.items()}
+        return replace(self, **changed)
 
     def take(self, index: Tensor) -> Graph:
         """Some frames of a (B,)-graph.  Args: index: (b,) or (M, b) int64.  Returns: a graph with those leading axes."""

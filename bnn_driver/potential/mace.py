@@ -110,8 +110,6 @@ def _locate(name: str, cache: Path | None) -> Path:
 
 def _downloaded(name: str, cache: Path | None) -> Path:
     """File of a foundation model by the name mace-torch gives it, fetched when it is not in its cache."""
-    import os
-
     import mace  # noqa: F401  (before e3nn: it sets e3nn up)
     from mace.calculators import foundations_models as known
 
@@ -119,16 +117,28 @@ def _downloaded(name: str, cache: Path | None) -> Path:
     names = [*known.mace_mp_urls, *off, "anicc"]
     if name not in names:
         raise ModelError(f"{name!r} is neither a file nor a model that mace-torch knows ({', '.join(names)}, embedded)")
-    if cache is not None:
-        os.environ.setdefault("XDG_CACHE_HOME", str(cache))
     try:
+        if cache is not None and name in known.mace_mp_urls:
+            return _fetched(known, known.mace_mp_urls[name], cache)
+        if cache is not None and name in off:
+            return _fetched(known, known.mace_off_urls[name[4:]], cache)
         if name == "anicc":
             return Path(known.__file__).parent / "foundations_models" / "ani500k_large_CC.model"
         if name.startswith("off:"):
-            return Path(known.download_mace_off_checkpoint(name[4:]))
+            return _fetched(known, known.mace_off_urls[name[4:]], Path(known.get_cache_dir()))
         return Path(known.download_mace_mp_checkpoint(name))
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (OSError, RuntimeError) as error:
         raise ModelError(f"the model {name!r} could not be downloaded ({error}); is there a network? {_GIVE_A_FILE}") from error
+
+
+def _fetched(known: Any, url: str, cache: Path) -> Path:
+    """The file behind a URL in a folder of the user's choice."""
+    path = cache / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        logger.info("fetching %s into %s", url, cache)
+        known._urlretrieve_with_timeout(url, str(path))
+    return path
 
 
 def _unpickled(path: Path) -> nn.Module:
@@ -151,7 +161,7 @@ def _unpickled(path: Path) -> nn.Module:
     return loaded
 
 
-def _modernised(module: nn.Module, path: Path) -> nn.Module:
+def _modernised(module: Any, path: Path) -> Any:
     """Attributes that models of before 2023 hold in another form, in the form of today."""
     for name, dtype in (("atomic_numbers", torch.int64), ("r_max", torch.float64)):
         value = getattr(module, name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnn_driver.potential.contract import Evaluation
 from bnn_driver.potential.graph import Graph
@@ -18,7 +19,7 @@ class ModulesPotential:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         elements: tuple[int, ...],
         head: int,
         dtype: torch.dtype,
@@ -138,11 +139,11 @@ def _member(graph: Graph, m: int) -> Graph:
     )
 
 
-def _invariant_columns(module: nn.Module, device: torch.device) -> Tensor:
+def _invariant_columns(module: Any, device: torch.device) -> Tensor:
     """Columns of MACE's node features that are scalars of the last two layers."""
     columns, first = [], 0
     for product in module.products:
-        layer = []
+        layer: list[int] = []
         offset = first
         for mul, ir in product.linear.irreps_out:
             if ir.l == 0 and ir.p == 1:

@@ -7,9 +7,10 @@ unchanged in an exported model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnn_driver.errors import ModelError
 
@@ -24,7 +25,7 @@ _FIXED = {
 class SampledWeights:
     """θ_0 of a MACE module restricted to some elements and one head, and the way back to full parameters."""
 
-    def __init__(self, module: nn.Module, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, module: Any, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device) -> None:
         """Args: elements: ascending atomic numbers in use.   head: index of the head in use."""
         known = [int(z) for z in module.atomic_numbers]
         missing = [z for z in elements if z not in known]
@@ -63,7 +64,7 @@ class SampledWeights:
                 out[name] = full.reshape(-1).index_copy(0, index, x.to(full)).view(full.shape)
         return out
 
-    def _kept(self, module: nn.Module, name: str, p: Tensor, n_known: int, head: int) -> Tensor | None:
+    def _kept(self, module: Any, name: str, p: Tensor, n_known: int, head: int) -> Tensor | None:
         """Flat positions of the entries in use, or None when all are."""
         everything = torch.arange(p.numel(), device=self.element_index.device)
         owner = module.get_submodule(name.rsplit(".", 1)[0])
@@ -79,7 +80,7 @@ class SampledWeights:
             return None
         return None if kept.numel() == p.numel() else kept.reshape(-1)
 
-    def _skip_parts(self, product: nn.Module, everything: Tensor) -> list[Tensor]:
+    def _skip_parts(self, product: Any, everything: Tensor) -> list[Tensor]:
         """Blocks (mul_in, element, mul_out) of the tensor product with the element."""
         parts, offset = [], 0
         for instruction in product.instructions:
@@ -90,7 +91,7 @@ class SampledWeights:
         return parts
 
 
-def _why_fixed(module: nn.Module, name: str) -> str | None:
+def _why_fixed(module: Any, name: str) -> str | None:
     """Reason why a parameter is not sampled, or None."""
     for prefix, reason in _FIXED.items():
         if name.startswith(prefix):
@@ -103,7 +104,7 @@ def _why_fixed(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def _of_head(module: nn.Module, name: str, everything: Tensor, head: int) -> Tensor:
+def _of_head(module: Any, name: str, everything: Tensor, head: int) -> Tensor:
     """Entries of a readout that act on one head (the columns of other heads are masked in MACE)."""
     heads = len(getattr(module, "heads", None) or ["Default"])
     if heads == 1:

@@ -12,9 +12,10 @@ Layout: nodes are (atom, frame) with atoms sorted by element, N = A·B; node fea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnn_driver.potential.architecture import Architecture, Layer, read_architecture
 from bnn_driver.potential.arrangement import Arranged, arrange, edge_sums, rows
@@ -31,7 +32,7 @@ Weights = Mapping[str, Tensor]
 class StackedPotential:
     """The fast path; see `Potential` for the contract."""
 
-    def __init__(self, module: nn.Module, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, module: Any, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raises: UnsupportedModel when a part of the model is not covered."""
         self.module = module
         self.head = head
@@ -71,7 +72,7 @@ class StackedPotential:
             node_energy, features = self._network(weights, y, leaves, g)
             grads = torch.autograd.grad(node_energy.sum(), [y, *leaves], create_graph=create_graph)
         with torch.set_grad_enabled(create_graph):
-            slope = sum((gw * dw).sum(dim=-1) for gw, (_, dw) in zip(grads[1:], radial, strict=True))
+            slope = torch.stack([(gw * dw).sum(dim=-1) for gw, (_, dw) in zip(grads[1:], radial, strict=True)]).sum(dim=0)
             node_energy, slope = self._with_repulsion(node_energy, slope, g, length)
             forces, virial = edge_sums(grads[0], slope, slopes, unit, g)
             energy = self._total(node_energy, g)
@@ -158,8 +159,8 @@ class StackedPotential:
     ) -> list[Tensor | None]:
         """Per block of the neighbours' features: (M, E, 2l+1, C)."""
         if embedding is not None:
-            (part,) = layer.up.parts
-            up = torch.bmm(embedding, matrix(weights[layer.up.weight], part))
+            (first,) = [part for part in layer.up.parts if part is not None]
+            up = torch.bmm(embedding, matrix(weights[layer.up.weight], first))
             return [rows(up, g.source_kind).unsqueeze(2)]
         out: list[Tensor | None] = []
         for part in layer.up.parts:

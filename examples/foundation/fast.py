@@ -19,7 +19,9 @@ class ScalarMACE:
         self.squares = [diagonal(p.symmetric_contractions.contractions[0].U_matrix_2) for p in model.products]
         self.single = [float(p.symmetric_contractions.contractions[0].U_matrix_1[0, 0]) for p in model.products]
 
-    def energy(self, counts: list[int], vectors: Tensor, sender: Tensor, receiver: Tensor, frame: Tensor, n_frames: int) -> Tensor:
+    def energy(
+        self, counts: list[int], vectors: Tensor, sender: Tensor, receiver: Tensor, frame: Tensor, n_frames: int
+    ) -> Tensor:
         """Energy of each frame without the isolated atoms'.
 
         Args: counts: atoms of each element; the batch's atoms stand in the order of the elements.   vectors: (E, 3) Å from sender to receiver.
@@ -68,7 +70,9 @@ def diagonal(coupling: Tensor) -> Tensor:
     for i in range(9):
         expected[i, i] = on[0 if i == 0 else 1 if i < 4 else 2]
     if not torch.allclose(coupling, expected, atol=1e-6):
-        raise ValueError("the coupling is not a sum of squares: this energy is written for hidden irreps Cx0e and correlation 2 only")
+        raise ValueError(
+            "the coupling is not a sum of squares: this energy is written for hidden irreps Cx0e and correlation 2 only"
+        )
     return on
 
 

@@ -242,7 +242,14 @@ def trained(work: Path, epochs: int) -> tuple[mace.ScaleShiftMACE, dict[int, flo
             training.advance(batch)
         loss, energy, force = training.validate(valid)
         took = time.perf_counter() - began
-        log.info("epoch %3d  loss %.4f  energy MAE %.1f meV/atom  force RMSE %.1f meV/Å  %.0f s", epoch, loss, 1e3 * energy, 1e3 * force, took)
+        log.info(
+            "epoch %3d  loss %.4f  energy MAE %.1f meV/atom  force RMSE %.1f meV/Å  %.0f s",
+            epoch,
+            loss,
+            1e3 * energy,
+            1e3 * force,
+            took,
+        )
         if loss < lowest:
             lowest = loss
             torch.save({"loss": loss, "epoch": epoch, "weights": training.average}, best_file)

@@ -195,8 +195,9 @@ def test_killed_ipi_is_noticed_at_once(tmp_path: Path):
         outcome = serving.join(5.0)
         assert isinstance(outcome, IpiGone)
         assert time.monotonic() - start < 2.5  # it may listen again within 1 s
-        assert Path(effective.endpoints[0].path).exists()  # i-PI's own litter, removed at the next start
+        assert Path(effective.endpoints[0].path).exists()  # i-PI's litter
         assert process.wait(1.0)
+        assert not Path(effective.endpoints[0].path).exists()
         assert not process.finished()
 
 

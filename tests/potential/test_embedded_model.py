@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +70,30 @@ def test_an_isolated_atom_has_exactly_its_reference_energy(calculator):
         energy, _ = evaluated(Atoms([number]), np.zeros((1, 3)), calculator)
         # exact up to rounding of a sum of about 1e3 eV
         assert energy == pytest.approx(reference, abs=1e-10)
+
+
+def test_the_energy_written_out_for_training_is_that_of_mace(calculator):
+    source = Path(__file__).resolve().parents[2] / "examples" / "foundation" / "fast.py"
+    if not source.exists():
+        pytest.skip("needs a checkout with examples")
+    spec = importlib.util.spec_from_file_location("foundation_fast", source)
+    fast = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fast)
+    atoms = molecule("CH3CONH2")
+    atoms = atoms[np.argsort(atoms.numbers, kind="stable")]
+    expected_energy, expected_forces = evaluated(atoms, atoms.positions, calculator)
+    apart = atoms.get_all_distances()
+    receiver, sender = (torch.as_tensor(k) for k in np.nonzero((apart < 4.5) & (apart > 0)))
+    counts = [int(np.sum(atoms.numbers == z)) for z in (1, 6, 7, 8)]
+    positions = torch.tensor(atoms.positions, requires_grad=True)
+    frame = torch.zeros(len(atoms), dtype=torch.long)
+    potential = fast.ScalarMACE(calculator.models[0])
+    energy = potential.energy(counts, positions[receiver] - positions[sender], sender, receiver, frame, 1).sum()
+    (pull,) = torch.autograd.grad(energy, positions)
+    reference = calculator.models[0].atomic_energies_fn.atomic_energies.ravel().numpy() @ counts
+    # the same sums in another order
+    assert energy.item() + reference == pytest.approx(expected_energy, abs=1e-9)
+    np.testing.assert_allclose(-pull.numpy(), expected_forces, atol=1e-9)
 
 
 @pytest.mark.parametrize("atoms", [molecule("CH3CH2OH"), ZUNDEL], ids=["ethanol", "H5O2+"])
