@@ -107,8 +107,8 @@ class EnsembleSettings(_Section):
     """Nats per label component by which the loss may end above its start before an update counts as diverged."""
     temperature_range: tuple[float, float] = (0.2, 5.0)
     """Kinetic temperature, in units of the target, outside which an update counts as diverged."""
-    member_chunk: int = Field(default=1, ge=1)
-    """Members evaluated together; 1 is best on a CPU, all of them on a GPU."""
+    member_chunk: int = Field(default=8, ge=1)
+    """Members evaluated together; lower it on a CPU for networks of more than about 64 channels, and where memory is short."""
     skin: Length = "0.5 A"  # type: ignore[assignment]
     """Neighbour lists serve until an atom has moved by half of it."""
 

@@ -33,7 +33,7 @@ class Frames:
     """Spin multiplicity 2S+1."""
 
     def __post_init__(self) -> None:
-        b, a = self.positions.shape[:2]
+        b = len(self.positions)
         if self.positions.shape != (b, len(self.numbers), 3):
             raise BnnError(f"positions have shape {self.positions.shape}, expected (B, {len(self.numbers)}, 3)")
         if self.cell is not None and self.cell.shape != (b, 3, 3):

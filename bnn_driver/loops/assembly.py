@@ -131,8 +131,11 @@ def make_learner(model: Model, config: Config) -> Learner:
     return Learner(model.potential, model.noise, prior, table, settings, config.run.seed)
 
 
-def make_policy(config: Config, audit_probability: float) -> tuple[Policy, dict[str, GammaCalibration]]:
-    """The promise: its criteria, and the calibration with which each one starts."""
+def make_policy(config: Config, numbers: Array, audit_probability: float) -> tuple[Policy, dict[str, GammaCalibration]]:
+    """The promise: its criteria, and the calibration with which each one starts.
+
+    Raises: ConfigError when a criterion names an element or an atom that the system does not have.
+    """
     a = config.accuracy
     criteria: list[EnergyCriterion | ForceCriterion] = [EnergyCriterion(a.energy)]
     if a.forces is not None:
@@ -142,6 +145,9 @@ def make_policy(config: Config, audit_probability: float) -> tuple[Policy, dict[
             raise ConfigError(f"[accuracy] species: {symbol!r} is no element")
         criteria.append(ForceCriterion(limit, f"force {symbol}", species=(ase.data.atomic_numbers[symbol],)))
     criteria.extend(ForceCriterion(group.forces, f"force {name}", atoms=group.atoms) for name, group in a.groups.items())
+    for item in criteria:
+        if isinstance(item, ForceCriterion):
+            item.members(numbers)
     c = config.calibration
     policy = Policy(tuple(criteria), a.confidence, audit_probability)
     return policy, {item.name: GammaCalibration(c.a, c.b, c.forgetting) for item in criteria}

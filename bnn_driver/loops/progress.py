@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TextIO
 
 
@@ -14,7 +14,7 @@ class Progress:
 
     total_steps: int | None
     first_step: int
-    stream: TextIO = sys.stderr
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
     terminal_seconds: float = 0.2
     plain_seconds: float = 10.0
 

@@ -6,15 +6,18 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
 
+from bnn_driver.active.policy import Policy
+from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.config import Config, read_config
 from bnn_driver.errors import CleanStop, ConfigError, IpiGone
 from bnn_driver.executors import LocalExecutor, read_done
@@ -72,10 +75,10 @@ def run_session(config_file: Path) -> Path:
             session.driver.finish(config.oracle.timeout)
             return run.path
         stack.callback(simulation.stop, STOP_SECONDS, STOP_SECONDS)
-        simulation.start()
-        client = _client(config, ipi_input.endpoints, ipi_input.shared_memory, session.driver)
+        effective = simulation.start()
+        client = _client(config, effective.endpoints, effective.shared_memory, session.driver)
         with _stop_signals():
-            session.serve(client)
+            session.serve(client, partial(simulation.wait_until_listening, effective, config.ipi.connect_timeout))
         simulation.wait(STOP_SECONDS)
         if not simulation.finished():
             raise IpiGone(
@@ -106,6 +109,7 @@ def check_session(config_file: Path) -> str:
     frames, ipi_input = read_system(config, base)
     oracle = load_oracle(config.oracle.kind, config.oracle.options)
     oracle.check(frames)
+    make_policy(config, frames.numbers, 0.0)
     model = load_model(config, base, frames.numbers, config.potential.device)
     generation = foundation_generation(model, config.ensemble.members)
     ensemble = make_ensemble(model, generation, config)
@@ -137,9 +141,10 @@ class Session:
     events: EventLog
     progress: Progress
 
-    def serve(self, client: Client) -> None:
+    def serve(self, client: Client, wait_for_ipi: Callable[[], None] = lambda: None) -> None:
         """Answer i-PI until it ends.  Raises: CleanStop on Ctrl-C or SIGTERM."""
         try:
+            wait_for_ipi()
             client.serve()
         except KeyboardInterrupt:
             client.close()
@@ -169,6 +174,7 @@ def _open(
     use_threads(config.potential.threads)
     oracle = load_oracle(config.oracle.kind, config.oracle.options)
     oracle.check(frames)
+    promise = make_policy(config, frames.numbers, _audit_probability(config, ipi_input))
     model = load_model(config, config_file.absolute().parent, frames.numbers, config.potential.device)
     with ExitStack() as stack:
         events = stack.enter_context(EventLog(run.events_dir))
@@ -184,7 +190,7 @@ def _open(
         stack.callback(trainer.stop)
         labelling = _labelling(config, run, oracle, stack)
         progress = Progress(ipi_input.total_steps if ipi_input else None, done)
-        driver = _driver(config, frames, ipi_input, done, model, trainer, labelling, events, progress)
+        driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress)
         driver.ensemble.predict(frames)
         driver.foundation.predict(frames)
         yield Session(driver, events, progress)
@@ -208,6 +214,7 @@ def _driver(
     ipi_input: IpiInput | None,
     done: int,
     model: Model,
+    promise: tuple[Policy, dict[str, GammaCalibration]],
     trainer: TrainerProcess,
     labelling: Labelling,
     events: EventLog,
@@ -219,11 +226,10 @@ def _driver(
         frames.numbers, frames.periodic, frames.charge, frames.multiplicity, batched, config.sanity.min_distance,
         config.sanity.max_force, config.trainer.max_lag, config.output.stride, config.output.extras, config.run.seed,
     )  # fmt: skip
-    policy, calibrations = make_policy(config, _audit_probability(config, ipi_input))
     ensemble = make_ensemble(model, trainer.load(trainer.newest()), config)
     foundation = make_ensemble(model, foundation_generation(model, 1), config)
     counter = StepCounter(n_beads, done)
-    return Driver(settings, ensemble, foundation, policy, calibrations, labelling, trainer, events, counter, progress.show)
+    return Driver(settings, ensemble, foundation, *promise, labelling, trainer, events, counter, progress.show)
 
 
 def _audit_probability(config: Config, ipi_input: IpiInput | None) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bnn_driver.errors import DivergedError, EnvironmentProblem
 from bnn_driver.loops.chain_update import Learner, update
-from bnn_driver.records import Generation
+from bnn_driver.records import Generation, LabelledFrame
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import EventLog, RunDirectory, write_atomic
@@ -34,10 +34,12 @@ def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int) 
         store.refresh()
         previous = weights.load_latest(run.generations_dir)
         if previous is None:
-            raise EnvironmentProblem(f"{run.generations_dir} holds no readable generation; remove the folder to begin from the labels")
+            raise EnvironmentProblem(
+                f"{run.generations_dir} holds no readable generation; remove the folder to begin from the labels"
+            )
         labels = store.all()
         known = set(previous.label_ids) | failed_labels(run.generations_dir)
-        if all(item.label.frame_id in known for item in labels):
+        if not _worth_an_update([item for item in labels if item.label.frame_id not in known], learner.settings.batch_size):
             time.sleep(POLL_SECONDS)
             continue
         generation = _try_update(learner, previous, store, events, retries)
@@ -47,6 +49,11 @@ def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int) 
         else:
             weights.publish(run.generations_dir, generation)
             weights.prune(run.generations_dir, keep)
+
+
+def _worth_an_update(new: list[LabelledFrame], batch_size: int) -> bool:
+    """An asked label is learnt at once; audits, whose frames were predicted well, wait for one or until a batch is full."""
+    return any(not item.context["audit"] for item in new) or len(new) >= batch_size
 
 
 def _try_update(learner: Learner, previous: Generation, store: LabelStore, events: EventLog, retries: int) -> Generation | None:

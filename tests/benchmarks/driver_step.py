@@ -12,7 +12,8 @@ import argparse
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.ipi import wire
+from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.factory import make_potential
-from bnn_driver.potential.graph import build_graph
+from bnn_driver.potential.graph import Graph, build_graph
 from bnn_driver.potential.mace import load_mace
 from bnn_driver.potential.params import repeat_weights
 from bnn_driver.records import Frames, Prediction
@@ -61,7 +63,7 @@ def socket_milliseconds(frames: Frames) -> float:
 
     def serve() -> None:
         while not stop.is_set():
-            body = exactly(ours, len(request))[16:]
+            body = exactly(ours, len(request))[16:]  # without POSDATA and the number of atoms
             if beads > 1:
                 h, x = wire.split_batched_posdata(body, atoms, beads)
                 wire.decode_frames(h, x, atoms)
@@ -91,6 +93,12 @@ def decision(prediction: Prediction, frames: Frames) -> Callable[[], object]:
     return lambda: policy.judge(prediction, frames, calibrations, draws)
 
 
+def one_by_one(potential: Potential, weights: Mapping[str, torch.Tensor], graphs: Sequence[Graph]) -> None:
+    """What a loop over members and beads costs."""
+    for graph in graphs:
+        potential.evaluate(weights, graph)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,7 +115,7 @@ def main() -> None:
     head = NoiseHead(fast.n_features, (64, 16))
     noise = NoiseModel(0.004, 0.004, 1.0, head)
     weights = repeat_weights(dict(fast.weights) | head.init(torch.float32), options.members)
-    ensemble = Ensemble(fast, weights, 1, noise, 1, 0.5)
+    ensemble = Ensemble(fast, weights, 1, noise, options.members, 0.5)
     alternative = repeat_weights(slow.weights, options.members)
     print(f"{name}: {options.members} members, ethanol, float32, {fast.path}")
     print(
@@ -116,12 +124,12 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for beads in options.beads:
         frames = Frames(atoms.numbers, atoms.positions + 0.02 * rng.standard_normal((beads, len(atoms), 3)))
-        with_list = milliseconds(lambda: ensemble.predict(frames))
-        listing = milliseconds(lambda: build_graph(frames, fast.cutoff + 0.5, torch.float32, torch.device("cpu")))
+        with_list = milliseconds(partial(ensemble.predict, frames))
+        listing = milliseconds(partial(build_graph, frames, fast.cutoff + 0.5, torch.float32, torch.device("cpu")))
         wired, judged = socket_milliseconds(frames), milliseconds(decision(ensemble.predict(frames), frames))
         total = with_list + wired + judged
         graphs = [build_graph(frames[b], slow.cutoff, torch.float32, torch.device("cpu")) for b in range(beads)]
-        loop = milliseconds(lambda: [slow.evaluate(alternative, graph) for graph in graphs])
+        loop = milliseconds(partial(one_by_one, slow, alternative, graphs))
         print(
             f"{beads:>6}{wired:>9.3f}{listing:>9.3f}{with_list:>10.2f}{judged:>10.3f}{total:>9.2f}{loop:>11.2f}{loop / total:>7.1f}"
         )
