@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
+import io
 import logging
 import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -87,11 +91,21 @@ def spherical_harmonics(lmax: int, vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _o3() -> ModuleType:
-    """e3nn.o3; mace is imported before it, for it tells torch that e3nn's tables may be loaded."""
-    import mace  # noqa: F401
+    """e3nn.o3."""
+    _import_quietly()
     from e3nn import o3
 
     return o3
+
+
+def _import_quietly() -> None:
+    """Import mace, then e3nn (mace tells torch that e3nn's tables may be loaded), without the words they have for every user."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", message="Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected")
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        for name in ("mace", "mace.modules"):
+            importlib.import_module(name)
 
 
 def _locate(name: str, cache: Path | None) -> Path:
@@ -110,7 +124,7 @@ def _locate(name: str, cache: Path | None) -> Path:
 
 def _downloaded(name: str, cache: Path | None) -> Path:
     """File of a foundation model by the name mace-torch gives it, fetched when it is not in its cache."""
-    import mace  # noqa: F401  (before e3nn: it sets e3nn up)
+    _import_quietly()
     from mace.calculators import foundations_models as known
 
     off = [f"off:{key}" for key in known.mace_off_urls]
@@ -143,7 +157,7 @@ def _fetched(known: Any, url: str, cache: Path) -> Path:
 
 def _unpickled(path: Path) -> nn.Module:
     """The module in a file that the user named."""
-    import mace  # noqa: F401  (before e3nn: it sets e3nn up)
+    _import_quietly()
 
     what = "a .model file as mace_run_train writes it (a whole ScaleShiftMACE or MACE module)"
     if not path.is_file():

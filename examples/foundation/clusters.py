@@ -66,12 +66,13 @@ def zundel(separation: float, offset: float, rng: np.random.Generator) -> Atoms:
 
 def proton_scans(rng: np.random.Generator) -> Iterator[tuple[str, int, list[Atoms]]]:
     """(name, charge, structures): the proton along O-O in H5O2+, and in H5O2+ with one or two waters around it."""
-    bare = [zundel(r, x, rng) for r in np.linspace(2.25, 3.2, 12) for x in np.linspace(-0.5, 0.5, 11) if 0.5 * r - abs(x) > 0.85]
-    yield "H+(H2O)2", 1, bare
-    dressed = {n: [packed(zundel(rng.uniform(2.3, 2.7), rng.uniform(-0.3, 0.3), rng), n, rng) for _ in range(60)] for n in (1, 2)}
-    for n, structures in dressed.items():
-        yield f"H+(H2O){2 + n}", 1, structures
-    yield "H-bond", 0, [water_pair(r, x, rng) for r in np.linspace(2.4, 3.2, 6) for x in np.linspace(0.0, 0.7, 6)]
+    grid = [(r, x) for r in np.linspace(2.25, 3.35, 16) for x in np.linspace(-0.7, 0.7, 15) if 0.5 * r - abs(x) > 0.85]
+    yield "H+(H2O)2", 1, [zundel(r, x, rng) for r, x in grid * 2]
+    for n in (1, 2):
+        starts = [zundel(rng.uniform(2.3, 3.1), rng.uniform(-0.35, 0.35), rng) for _ in range(90)]
+        yield f"H+(H2O){2 + n}", 1, [packed(x, n, rng) for x in starts]
+    grid = [(r, x) for r in np.linspace(2.3, 3.3, 11) for x in np.linspace(0.0, 1.2, 13) if r - 0.96 - x > 0.85]
+    yield "H-bond", 0, [water_pair(r, x, rng) for r, x in grid * 2]
 
 
 def water_pair(separation: float, offset: float, rng: np.random.Generator) -> Atoms:

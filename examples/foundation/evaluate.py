@@ -73,7 +73,11 @@ def table(work: Path, calculator: Calculator) -> Iterator[str]:
         chosen = [x for x in frames if (x.info["group"], x.info["split"]) == (group, split)]
         if chosen:
             yield row(name, chosen, calculator)
-    for recipe, name in (("md400", "of all: 400 K dynamics"), ("bond", "of all: bonds stretched or compressed")):
+    for recipe, name in (
+        ("md400", "of all: 400 K dynamics"),
+        ("scan", "of all: proton between two oxygens"),
+        ("bond", "of all: bonds stretched or compressed"),
+    ):
         yield row(name, [x for x in frames if x.info["recipe"] == recipe], calculator)
 
 
@@ -103,7 +107,9 @@ def stability(name: str, start: Atoms, calculator: Calculator, temperature: floa
     pairs = bonds(atoms)
     heat, longest, largest = [], 0.0, 0.0
     began = time.perf_counter()
-    for _ in Langevin(atoms, 0.5 * units.fs, temperature_K=temperature, friction=0.01 / units.fs, rng=rng).irun(steps):
+    for _ in Langevin(atoms, 0.5 * units.fs, temperature_K=temperature, friction=0.01 / units.fs, rng=rng, fixcm=False).irun(
+        steps
+    ):
         heat.append(atoms.get_temperature())
         longest = max(longest, max(atoms.get_distance(a, b) for a, b in pairs))
         largest = max(largest, np.linalg.norm(atoms.get_forces(), axis=1).max())

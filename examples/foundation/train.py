@@ -32,10 +32,11 @@ CUTOFF = 4.5  # Å
 CHANNELS = 48
 SEED = 7
 BATCH = 8
-FIRST_RATE, LAST_RATE, WARM_UP = 0.01, 1e-4, 300  # per step; geometric fall after WARM_UP steps
+FIRST_RATE, LAST_RATE, WARM_UP = 0.01, 1e-4, 300  # geometric fall from the first to the last, after WARM_UP steps of rise
 ENERGY_WEIGHT, FORCE_WEIGHT = 100.0, 10.0  # on |ΔE|/atom (eV) and |ΔF| of an atom (eV/Å)
+ENERGY_TURN, FORCE_TURN = 0.1, 1.0  # eV/atom and eV/Å: errors above them count by their square
 AVERAGE = 0.999  # exponential moving average of the weights
-LARGEST_GRADIENT = 100.0
+LARGEST_GRADIENT = 300.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +125,13 @@ def predicted(potential: ScalarMACE, batch: Batch, create_graph: bool) -> tuple[
 
 
 def loss_of(energy: Tensor, forces: Tensor, batch: Batch) -> Tensor:
-    """ENERGY_WEIGHT mean |ΔE|/atom + FORCE_WEIGHT mean |ΔF|: not squared, so that a few strained frames do not rule."""
-    off_energy = ((energy - batch.energy).abs() / batch.sizes).mean()
-    off_forces = ((forces - batch.forces).square().sum(1) + 1e-8).sqrt().mean()
-    return ENERGY_WEIGHT * off_energy + FORCE_WEIGHT * off_forces
+    """ENERGY_WEIGHT mean (e + e²/e0) + FORCE_WEIGHT mean (f + f²/f0), with e = |ΔE|/atom and f = |ΔF| of an atom.
+
+    Linear alone, small errors rule and rare geometries, such as a shared proton, stay wrong by eV; squared alone, strained frames rule.
+    """
+    e = (energy - batch.energy).abs() / batch.sizes
+    f = ((forces - batch.forces).square().sum(1) + 1e-8).sqrt()
+    return ENERGY_WEIGHT * (e + e.square() / ENERGY_TURN).mean() + FORCE_WEIGHT * (f + f.square() / FORCE_TURN).mean()
 
 
 def new_model(frames: list[Frame], atom_energies: dict[int, float]) -> mace.ScaleShiftMACE:
@@ -136,6 +140,22 @@ def new_model(frames: list[Frame], atom_energies: dict[int, float]) -> mace.Scal
     rms = float(np.sqrt(np.mean(np.concatenate([f.forces for f in frames]) ** 2)))
     edges = sum(len(f.sender) for f in frames) / sum(len(f.kinds) for f in frames)
     return module(rms, edges, [atom_energies[z] for z in ELEMENTS])
+
+
+def continued(path: Path, atom_energies: dict[int, float]) -> mace.ScaleShiftMACE:
+    """The module of a file that this script wrote, in the default dtype."""
+    written = torch.load(path, map_location="cpu", weights_only=False)
+    return rebuilt(written, atom_energies)
+
+
+def rebuilt(model: mace.ScaleShiftMACE, atom_energies: dict[int, float]) -> mace.ScaleShiftMACE:
+    """The module built anew in the default dtype: a cast would keep coupling coefficients and reference energies rounded."""
+    scale, neighbours = model.scale_shift.scale.item(), float(model.interactions[0].avg_num_neighbors)
+    new = module(scale, neighbours, [atom_energies[z] for z in ELEMENTS])
+    with torch.no_grad():
+        for to, weight in zip(new.parameters(), model.parameters(), strict=True):
+            to.copy_(weight)
+    return new
 
 
 def module(scale: float, neighbours: float, atom_energies: list[float]) -> mace.ScaleShiftMACE:
@@ -166,15 +186,16 @@ def module(scale: float, neighbours: float, atom_energies: list[float]) -> mace.
 class Training:
     """Weights, their average, optimizer and position in the schedule."""
 
-    def __init__(self, model: mace.ScaleShiftMACE, steps: int) -> None:
+    def __init__(self, model: mace.ScaleShiftMACE, steps: int, first_rate: float) -> None:
         self.model, self.potential, self.steps, self.step = model, ScalarMACE(model), steps, 0
+        self.first_rate = first_rate
         self.weights = list(model.parameters())
         self.average = [w.detach().clone() for w in self.weights]
-        self.optimizer = torch.optim.Adam(self.weights, lr=FIRST_RATE, amsgrad=True)
+        self.optimizer = torch.optim.Adam(self.weights, lr=first_rate, amsgrad=True)
 
     def rate(self) -> float:
         """Learning rate of the present step."""
-        return FIRST_RATE * min(1.0, (self.step + 1) / WARM_UP) * (LAST_RATE / FIRST_RATE) ** (self.step / self.steps)
+        return self.first_rate * min(1.0, (self.step + 1) / WARM_UP) * (LAST_RATE / self.first_rate) ** (self.step / self.steps)
 
     def advance(self, batch: Batch) -> None:
         """One step."""
@@ -223,14 +244,15 @@ def shuffled(frames: list[Frame], epoch: int) -> Iterator[Batch]:
         yield joined([frames[i] for i in order[k : k + BATCH]])
 
 
-def trained(work: Path, epochs: int) -> tuple[mace.ScaleShiftMACE, dict[int, float]]:
+def trained(work: Path, epochs: int, rate: float, start: Path | None) -> tuple[mace.ScaleShiftMACE, dict[int, float]]:
     """The module with the weights that were best on valid.xyz, in single precision, and the atoms' energies."""
     frames, atom_energies = frames_in(work / "train.xyz")
     frames = relative_to(frames, atom_energies)
     held = relative_to(frames_in(work / "valid.xyz")[0], atom_energies)
     valid = [joined(held[k : k + 32]) for k in range(0, len(held), 32)]
     per_epoch = len(frames) // BATCH
-    training = Training(new_model(frames, atom_energies), epochs * per_epoch)
+    model = continued(start, atom_energies) if start else new_model(frames, atom_energies)
+    training = Training(model, epochs * per_epoch, rate)
     checkpoint, best_file, lowest = work / "checkpoint.pt", work / "best.pt", float("inf")
     if checkpoint.exists():
         training.resume(torch.load(checkpoint, weights_only=True))
@@ -258,29 +280,21 @@ def trained(work: Path, epochs: int) -> tuple[mace.ScaleShiftMACE, dict[int, flo
     return training.model, atom_energies
 
 
-def in_double_precision(model: mace.ScaleShiftMACE, atom_energies: dict[int, float]) -> mace.ScaleShiftMACE:
-    """The same module built anew in float64: a cast would keep coupling coefficients and reference energies rounded."""
-    torch.set_default_dtype(torch.float64)
-    scale, neighbours = model.scale_shift.scale.item(), model.interactions[0].avg_num_neighbors
-    double = module(scale, float(neighbours), [atom_energies[z] for z in ELEMENTS])
-    with torch.no_grad():
-        for new, old in zip(double.parameters(), model.parameters(), strict=True):
-            new.copy_(old)
-    return double.eval()
-
-
 def main() -> None:
     """Trains and writes the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--epochs", type=int, required=True, help="fixes the schedule")
+    parser.add_argument("--rate", type=float, default=FIRST_RATE, help="first learning rate")
+    parser.add_argument("--start", type=Path, help="begin with the weights of this model")
     parser.add_argument("--model", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
-    model = in_double_precision(*trained(args.work, args.epochs))
-    torch.save(model, args.model)
+    model, atom_energies = trained(args.work, args.epochs, args.rate, args.start)
+    torch.set_default_dtype(torch.float64)
+    torch.save(rebuilt(model, atom_energies).eval(), args.model)
     log.info("wrote %s, %.1f MB", args.model, args.model.stat().st_size / 1e6)
 
 
