@@ -192,6 +192,17 @@ def test_the_budget_of_labels_stops_the_run_and_keeps_what_is_there(tmp_path: Pa
     assert (tmp_path / "run" / "ipi" / "RESTART").exists()
 
 
+def test_an_oracle_that_does_not_converge_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
+    config = write_run(tmp_path, steps=10)
+    text = config.read_text().replace('kind = "toy"', 'kind = "tblite"')
+    config.write_text(text.replace('[oracle.toy]\ndelay = "0 s"', "[oracle.tblite]\nmax_iterations = 2"))
+    failed = program("run", config)
+    assert failed.returncode == 4, failed.stderr
+    assert "converge" in failed.stderr
+    assert not labels(config)
+    assert not children_of_run(config)
+
+
 def test_a_killed_ipi_is_noticed_and_the_run_resumes(tmp_path: Path, start: Start) -> None:
     config = write_run(tmp_path, steps=30, delay="0.1 s")
     process = start(config)
