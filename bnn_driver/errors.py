@@ -6,7 +6,7 @@ BnnError (1)
 │   ├── ModelError             a model file that cannot be used
 │   └── LockedError            the run directory belongs to another live driver
 ├── OracleError (4)            a label could not be had
-│   ├── OracleConfigError      settings that can never work (basis, functional, charge)
+│   ├── OracleConfigError (2)  settings that can never work (basis, functional, charge)
 │   ├── GeometryRejected       the structure itself is unfit
 │   ├── SCFNotConverged        after all rungs of the ladder
 │   ├── UnstableState          converged to a state that is not a minimum
@@ -57,6 +57,8 @@ class OracleError(BnnError):
 
 class OracleConfigError(OracleError):
     """Oracle settings that can never work."""
+
+    exit_code = 2
 
 
 class GeometryRejected(OracleError):

@@ -163,7 +163,7 @@ class Client:
     def _answer(self, asked: Asked) -> Answer:
         """The handler's answer, asked for every distinct structure once and not for those computed but never delivered."""
         if len(asked.positions) == 1 and not any(link.undelivered for link in self._links):
-            reply = self._ask(asked.positions, asked.cell, asked.parameters)
+            reply = self._ask(asked.positions, asked.cell, asked.parameters, 1, 0)
             return Answer(reply.energy, reply.forces, reply.virial, reply.extras)
         keys = _keys(asked)
         known: dict[bytes, Row] = {}
@@ -172,15 +172,16 @@ class Client:
         first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
         new = sorted(first.values())
         if new:
-            reply = self._ask(asked.positions[new], asked.cell[new], asked.parameters)
+            rows = sum(key not in known for key in keys)
+            reply = self._ask(asked.positions[new], asked.cell[new], asked.parameters, rows, _repeated_at_the_end(keys))
             if not known and len(new) == len(keys):
                 return Answer(reply.energy, reply.forces, reply.virial, reply.extras)
             known.update({keys[i]: row for i, row in zip(new, _split(reply), strict=True)})
         energy, forces, virial, extras = zip(*(known[key] for key in keys), strict=True)
         return Answer(np.array(energy), np.array(forces), np.array(virial), extras)
 
-    def _ask(self, positions: Array, cell: Array, parameters: str) -> Reply:
-        request = Request(positions, cell, parameters)
+    def _ask(self, positions: Array, cell: Array, parameters: str, rows: int, padding: int) -> Reply:
+        request = Request(positions, cell, parameters, rows, padding)
         return self._check(request, self._handler(request))
 
 
@@ -329,6 +330,14 @@ def _rows(answer: Answer, rows: slice) -> Answer:
 def _keys(asked: Asked) -> list[bytes]:
     """Bytes that are equal for equal structures."""
     return [x.tobytes() + h.tobytes() for x, h in zip(asked.positions, asked.cell, strict=True)]
+
+
+def _repeated_at_the_end(keys: Sequence[bytes]) -> int:
+    """How often the last structure is repeated directly before its last row, as i-PI pads a short batch."""
+    repeated = 0
+    while repeated < len(keys) - 1 and keys[-2 - repeated] == keys[-1]:
+        repeated += 1
+    return repeated
 
 
 def _split(answer: Answer | Reply) -> list[Row]:

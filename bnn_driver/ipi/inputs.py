@@ -39,6 +39,8 @@ class IpiInput:
     """Structures per request (the largest of all sockets)."""
     consolidated: bool
     """False where a socket has consolidate_messages False."""
+    pbc: bool
+    """i-PI folds every atom of every bead by itself into the cell, which tears molecules apart."""
     exit_on_disconnect: bool
     """True where i-PI ends when the driver leaves, so that reconnecting is of no use."""
     timeout: float
@@ -86,6 +88,7 @@ def read_input(path: Path) -> IpiInput:
             shared_memory=shared,
             batch_size=max(int(s.batch_size.fetch()) for s in sockets),
             consolidated=all(s.consolidate_messages.fetch() for s in sockets),
+            pbc=any(s.pbc.fetch() for s in sockets),
             exit_on_disconnect=any(s.exit_on_disconnect.fetch() or s.matching.fetch() == "lock" for s in sockets),
             timeout=min((t for s in sockets if (t := float(s.timeout.fetch())) > 0), default=0.0),
             n_beads=n_beads,

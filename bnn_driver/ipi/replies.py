@@ -29,6 +29,10 @@ class Request:
     """(B, 3, 3) Å, vectors in rows; i-PI sends one for molecules too."""
     parameters: str
     """Text of INIT, " key : value , ..." from <parameters> of the i-PI input."""
+    rows: int
+    """Structures that i-PI asked for, repeated ones counted."""
+    padding: int
+    """How many of the rows at the end repeat the last structure, as i-PI pads a short batch."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -233,6 +233,11 @@ class IpiProcess:
         restart = self._furthest_restart()
         return read_input(self.xml).step if restart is None else _restart_number(restart, "step") or 0
 
+    def stopped_on_request(self) -> bool:
+        """Whether i-PI ended before its last step because it was told to: by an EXIT file or its wall-clock limit."""
+        text = self._log_since_start()
+        return any(words in text for words in ("EXIT file detected", "Wall clock time expired", "Maximum wallclock"))
+
     def finished(self) -> bool:
         """Whether the simulation is complete: all steps done, or ended by itself before (a converged optimisation).
 

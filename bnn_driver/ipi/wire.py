@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bnn_driver.errors import ProtocolError
+from bnn_driver.errors import GuardStop, ProtocolError
 from bnn_driver.records import Array
 from bnn_driver.units import BOHR, HARTREE, HARTREE_PER_BOHR
 
@@ -85,12 +85,12 @@ def encode_cell(cell: Array) -> tuple[Array, Array]:
 def decode_frames(h: Array, positions: Array, n_atoms: int) -> tuple[Array, Array]:
     """Positions (B, A, 3) Å and cells (B, 3, 3) Å of what i-PI sent: h (B, 9) and positions (B, 3A) in bohr.
 
-    Raises: ProtocolError on a NaN or an infinity, which i-PI passes on unchecked.
+    Raises: GuardStop on a NaN or an infinity, which i-PI passes on unchecked.
     """
     if not (np.isfinite(positions).all() and np.isfinite(h).all()):
         atom = int(np.argwhere(~np.isfinite(positions.reshape(-1, 3)).all(axis=1)).min(initial=len(positions) * n_atoms))
         where = "the cell" if atom == len(positions) * n_atoms else f"atom {atom % n_atoms} of structure {atom // n_atoms}"
-        raise ProtocolError(
+        raise GuardStop(
             f"i-PI sent a position that is not finite ({where}): the trajectory is lost from here on. "
             "Reduce the timestep or look at i-PI's last outputs, and restart from the last checkpoint"
         )

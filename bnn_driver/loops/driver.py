@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from bnn_driver.active.sanity import check_sanity
 from bnn_driver.bayes.calibration import Coverage
 from bnn_driver.ipi.client import Reply, Request
 from bnn_driver.loops.chain_update import energy_offset
+from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.seeds import generator
 from bnn_driver.records import Decision, Frames, Generation, LabelledFrame, Prediction
@@ -63,18 +64,6 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class StepCounter:
-    """Turns frames seen into i-PI's steps: the protocol never sends the step number."""
-
-    n_beads: int
-    first_step: int
-
-    def moment(self, frames_seen: int) -> tuple[int, int]:
-        """Step and bead of the frame number `frames_seen` (from 0); the first step of a start is evaluated at rest."""
-        return self.first_step + frames_seen // self.n_beads, frames_seen % self.n_beads
-
-
-@dataclass(frozen=True)
 class DriverSettings:
     """What the step depends on beside its parts."""
 
@@ -82,14 +71,14 @@ class DriverSettings:
     periodic: bool
     charge: int
     multiplicity: int
-    batched: bool
-    """True when i-PI sends several beads in one message."""
     min_distance: float
     max_force: float
     max_lag: int
     stride: int
     extras: str
     seed: int
+    accuracy: float
+    """eV, the promise on the energy, kept with every label: an audit is judged by the promise under which its frame was served."""
 
 
 class Driver:
@@ -118,19 +107,18 @@ class Driver:
         self.counter = counter
         self.on_step = on_step
         self.clock = Clock()
-        self.frames_seen = 0
         self.calibrations = dict(calibrations)
         self.coverage = {criterion.name: Coverage() for criterion in policy.criteria}
         for item in labelling.store.all():
             self.calibrations = policy.observe(self.calibrations, item, self.offset)
-            if item.context["audit"]:
+            if item.context["audit"] and self._same_promise(item):
                 self._observe_audit(item)
         self._replied = time.monotonic()
 
     @property
     def step(self) -> int:
         """i-PI's step of the last frame seen."""
-        return self.counter.moment(max(self.frames_seen - 1, 0))[0]
+        return self.counter.step
 
     def respond(self, request: Request) -> Reply:
         """Energy, forces, virial and extras of every frame of the request."""
@@ -139,15 +127,16 @@ class Driver:
         frames = self._frames(request)
         check_sanity(frames, self.settings.min_distance)
         self._take_audits()
-        self._swap(self.chains.newest())
         if self.ensemble.generation == 0 and len(self.labelling.store) > 0:
             self._wait_for_chains(0)
+        if self.counter.at_ring_start or self.ensemble.generation == 0:
+            self._swap(self.chains.newest())
         prediction = self._predict(frames)
         decisions = self._decide(prediction, frames)
         labelled = self._label(frames, prediction, decisions)
         reply = self._reply(prediction, decisions, labelled, frames)
         self._tell(decisions)
-        self.frames_seen += self._frames_of(request)
+        self.counter.advance(len(request.positions), request.rows, request.padding)
         self._replied = time.monotonic()
         return reply
 
@@ -156,11 +145,6 @@ class Driver:
         s = self.settings
         return Frames(s.numbers, request.positions, request.cell if s.periodic else None, s.charge, s.multiplicity)
 
-    def _frames_of(self, request: Request) -> int:
-        """Frames that the request stands for: at the start all beads of a batch may be one structure."""
-        count = len(request.positions)
-        return self.counter.n_beads if count == 1 and self.settings.batched else count
-
     def _predict(self, frames: Frames) -> Prediction:
         begin = time.monotonic()
         prediction: Prediction = self.ensemble.predict(frames)
@@ -168,25 +152,32 @@ class Driver:
         return prediction
 
     def _decide(self, prediction: Prediction, frames: Frames) -> list[Decision]:
-        check_sanity(frames, self.settings.min_distance, self.settings.max_force, prediction.mean_forces)
-        moments = [self.counter.moment(self.frames_seen + b) for b in range(len(frames))]
+        moments = [self.counter.moment(b) for b in range(len(frames))]
         audit = np.array([generator(self.settings.seed, "audit", step, bead).random() for step, bead in moments])
         first = len(self.labelling.store) == 0
-        return self.policy.judge(prediction, frames, self.calibrations, audit, first)
+        decisions = self.policy.judge(prediction, frames, self.calibrations, audit, first)
+        absurd = ~(np.linalg.norm(prediction.mean_forces, axis=-1) <= self.settings.max_force).all(axis=-1)  # also NaN
+        return [
+            replace(
+                d, ask=True, criterion="force", probability=1.0, energy_predictive_sd=float(np.nan_to_num(d.energy_predictive_sd))
+            )
+            if is_absurd and not d.ask
+            else d
+            for d, is_absurd in zip(decisions, absurd, strict=True)
+        ]
 
     def _label(self, frames: Frames, prediction: Prediction, decisions: Sequence[Decision]) -> dict[int, LabelledFrame]:
         """Labels of the asked frames, by index; audits are queued; calibration and chains learn what came."""
         labelled: dict[int, LabelledFrame] = {}
         asked: list[int] = []
         for b, decision in enumerate(decisions):
-            known = self.labelling.known(frames[b]) if decision.ask or decision.criterion == "audit" else None
+            known = self.labelling.known(frames[b]) if decision.ask else None
             if known is not None:
-                if decision.ask:
-                    labelled[b] = known
+                labelled[b] = known
             elif decision.ask:
                 asked.append(b)
-            elif decision.criterion == "audit":
-                self.labelling.audit(frames[b], self._context(frames, prediction, decision, b))
+            elif decision.criterion == "audit" and not self.labelling.was_audited(*self.counter.moment(b)):
+                self.labelling.audit(frames[b], self._context(frames, prediction, decision, b), self.warn)
             self._record(decision, b)
         if asked:
             begin = time.monotonic()
@@ -200,15 +191,25 @@ class Driver:
         return labelled
 
     def _learn(self, answer: LabelledFrame) -> None:
-        """Take the calibration pair, before the chains see the label."""
-        self.events.append(
-            "label",
-            frame_id=answer.label.frame_id,
-            step=answer.context["step"],
-            criterion=answer.context["criterion"],
-            seconds=answer.label.seconds,
-        )
+        """Take the calibration pair, of what was believed before the label came."""
+        self._announce(answer)
         self.calibrations = self.policy.observe(self.calibrations, answer, self.offset)
+
+    def _announce(self, answer: LabelledFrame) -> None:
+        known, label = answer.context, answer.label
+        self.events.append(
+            "label", frame_id=label.frame_id, step=known["step"], criterion=known["criterion"], seconds=label.seconds
+        )
+
+    def announce_missing(self, announced: set[str]) -> None:
+        """Events of labels that a killed start had on disk but had not told of.  Args: announced: frame ids with an event."""
+        for item in self.labelling.store.all():
+            if item.label.frame_id not in announced:
+                self._announce(item)
+
+    def _same_promise(self, item: LabelledFrame) -> bool:
+        then = (item.context.get("accuracy"), item.context.get("confidence"))
+        return then == (self.settings.accuracy, self.policy.confidence)
 
     def _take_audits(self, timeout: float = 0.0) -> None:
         for answer in self.labelling.collect(self.warn, timeout):
@@ -236,7 +237,6 @@ class Driver:
         asked = {item.label.frame_id for item in self.labelling.store.all() if not item.context["audit"]}
         self.on_step(self.step, f"the chains learn label {len(self.labelling.store)}")
         self.chains.wait_until_learnt(asked, allowed_lag)
-        self._swap(self.chains.newest())
         self.clock.chains += time.monotonic() - begin
 
     def _swap(self, number: int) -> None:
@@ -289,24 +289,26 @@ class Driver:
     def _context(self, frames: Frames, prediction: Prediction, decision: Decision, b: int) -> dict[str, Any]:
         """What was believed before the label came: everything that calibration and report need."""
         foundation = self.foundation.predict(frames[b])
-        step, bead = self.counter.moment(self.frames_seen + b)
+        step, bead = self.counter.moment(b)
         return {
             "step": step,
             "bead": bead,
             "criterion": decision.criterion,
             "audit": not decision.ask,
             "generation": prediction.generation,
+            "accuracy": self.settings.accuracy,
+            "confidence": self.policy.confidence,
             "probability": decision.probability,
-            "predicted_energy": float(prediction.mean_energy[b]),
+            "predicted_energy": float(np.nan_to_num(prediction.mean_energy[b])),
             "energy_predictive_sd": decision.energy_predictive_sd,
             "foundation_energy": float(foundation.mean_energy[0]),
-            "predicted_forces": prediction.mean_forces[b],
-            "force_predictive_sd": prediction.force_predictive_sd[b],
+            "predicted_forces": np.nan_to_num(prediction.mean_forces[b]),
+            "force_predictive_sd": np.nan_to_num(prediction.force_predictive_sd[b]),
             "foundation_forces": foundation.mean_forces[0],
         }
 
     def _record(self, decision: Decision, b: int) -> None:
-        step, bead = self.counter.moment(self.frames_seen + b)
+        step, bead = self.counter.moment(b)
         if decision.criterion == "none" and step % self.settings.stride:
             return
         self.events.append(
@@ -322,7 +324,7 @@ class Driver:
 
     def _tell(self, decisions: Sequence[Decision]) -> None:
         worst = max(decisions, key=lambda d: d.probability)
-        if self.frames_seen % 200 < len(decisions):
+        if self.counter.frames_seen % 200 < len(decisions):
             self.events.append("clock", steps=self.step, **self.clock.facts())
         facts = (
             f"sd {worst.energy_predictive_sd * 1000:.1f} meV | P(exceeded) {100 * worst.probability:.2g} % | "
@@ -337,17 +339,23 @@ class Driver:
 
     def finish(self, audit_timeout: float) -> None:
         """Take the audits still in flight, and write down where the time went."""
+        begin = time.monotonic()
         self._take_audits(audit_timeout)
+        self.clock.oracle += time.monotonic() - begin
+        if audit_timeout > 0 and self.labelling.audits_in_flight:
+            self.warn(
+                f"{self.labelling.audits_in_flight} audits did not come back within {audit_timeout:g} s; run again to wait for them"
+            )
         self.events.append("clock", steps=self.step, **self.clock.facts())
 
 
 def _label_virial(answer: LabelledFrame, frame: Frames, predicted: np.ndarray) -> np.ndarray:
     """(3, 3) eV of a label; `predicted` stands in when a periodic oracle gives no stress.
 
-    For a molecule it is Σ f⊗r, exact because the forces add up to zero.
+    For a molecule it is Σ f⊗(r - r̄): the forces add up to zero but for the noise of the code, which must not act on the cell.
     """
     if frame.cell is None:
-        return answer.label.forces.T @ frame.positions[0]
+        return answer.label.forces.T @ (frame.positions[0] - frame.positions[0].mean(axis=0))
     if answer.label.stress is None:
         return predicted
     return units.virial_from_stress(answer.label.stress, frame.cell[0])

@@ -47,6 +47,8 @@ class Labelling:
         self.fingerprint = fingerprint
         self.max_labels = max_labels
         self._audits: dict[str, tuple[Future[Label], Frames, dict[str, Any]]] = {}
+        self._audited = {_moment(item.context) for item in store.all() if item.context.get("audit")}
+        self._budget_told = False
         pending.mkdir(parents=True, exist_ok=True)
 
     def known(self, frame: Frames) -> LabelledFrame | None:
@@ -58,27 +60,36 @@ class Labelling:
 
         Raises: GuardStop when the budget of labels is spent.  OracleError when one frame could not be labelled; the others are kept.
         """
-        if self.max_labels is not None and len(self.store) + len(frames) > self.max_labels:
+        if self.max_labels is not None and len(self.store) + len(self._audits) + len(frames) > self.max_labels:
             raise GuardStop(
-                f"{len(frames)} more labels are needed, but {len(self.store)} of at most {self.max_labels} are spent; "
+                f"{len(frames)} more labels are needed, but {len(self.store) + len(self._audits)} of at most {self.max_labels} are spent; "
                 "raise [oracle] max_labels and run the same command again"
             )
         futures = [self._submit(frame, context, ASKED) for frame, context in zip(frames, contexts, strict=True)]
         wait(futures)
-        results, failure = [], None
+        results: list[LabelledFrame] = []
+        failures: list[OracleError] = []
         for future, frame, context in zip(futures, frames, contexts, strict=True):
             try:
                 results.append(self._adopt(frame, future.result(), context))
             except OracleError as error:
-                failure = error
-        if failure is not None:
-            raise failure
+                failures.append(error)
+        if failures:
+            raise type(failures[0])("\n".join(str(error) for error in failures)) from failures[0]
         return results
 
-    def audit(self, frame: Frames, context: dict[str, Any]) -> None:
-        """Queue a frame that was served already, behind all that are asked."""
+    def was_audited(self, step: int, bead: int) -> bool:
+        """True when this moment of the simulation was audited before: after a crash i-PI repeats its last steps."""
+        return (step, bead) in self._audited
+
+    def audit(self, frame: Frames, context: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Queue a frame that was served already, behind all that are asked; said once when the budget allows no more."""
         if self.max_labels is not None and len(self.store) + len(self._audits) >= self.max_labels:
+            if not self._budget_told:
+                warn(f"the budget of {self.max_labels} labels is spent: from here on the promise is not audited any more")
+            self._budget_told = True
             return
+        self._audited.add(_moment(context))
         future = self._submit(frame, context, AUDIT)
         self._audits[frame.content_id(self.fingerprint)] = (future, frame, context)
 
@@ -101,23 +112,21 @@ class Labelling:
                 on_failure(f"audit of step {context['step']}: {type(error).__name__}: {error}")
         return arrived
 
-    def recover(self, finished: Callable[[str], Label | None]) -> list[LabelledFrame]:
+    def recover(self, finished: Callable[[str], Label | None]) -> None:
         """Finish what a killed run had begun.
 
         Args: finished: frame id -> the label that the oracle's process wrote before the end, or None.
         Frames whose label is complete are adopted; audits go on; an asked frame without a label is asked again by the run itself.
         """
-        adopted = []
         for file in sorted(self.pending.glob("*.json")):
             frame, context = _read_pending(file)
             label = finished(file.stem)
             if label is not None:
-                adopted.append(self._adopt(frame, label, context))
+                self._adopt(frame, label, context)
             elif context["audit"]:
-                self.audit(frame, context)
+                self.audit(frame, context, log.warning)
             else:
                 file.unlink()
-        return adopted
 
     def _submit(self, frame: Frames, context: dict[str, Any], priority: int) -> Future[Label]:
         name = frame.content_id(self.fingerprint)
@@ -132,6 +141,10 @@ class Labelling:
 
     def _pending_file(self, name: str) -> Path:
         return self.pending / f"{name}.json"
+
+
+def _moment(context: dict[str, Any]) -> tuple[int, int]:
+    return int(context["step"]), int(context["bead"])
 
 
 def _pending_text(frame: Frames, context: dict[str, Any]) -> str:

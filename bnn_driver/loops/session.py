@@ -19,7 +19,7 @@ import torch
 from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.config import Config, read_config
-from bnn_driver.errors import CleanStop, ConfigError, IpiGone
+from bnn_driver.errors import BnnError, CleanStop, ConfigError, IpiGone
 from bnn_driver.executors import LocalExecutor, read_done
 from bnn_driver.ipi.client import Client
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess
@@ -34,7 +34,8 @@ from bnn_driver.loops.assembly import (
     read_system,
     use_threads,
 )
-from bnn_driver.loops.driver import Driver, DriverSettings, StepCounter
+from bnn_driver.loops.counting import StepCounter
+from bnn_driver.loops.driver import Driver, DriverSettings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.trainer import TrainerProcess
@@ -42,7 +43,7 @@ from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
-from bnn_driver.store.run import EventLog, RunDirectory, write_atomic
+from bnn_driver.store.run import EventLog, RunDirectory, read_events, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run_session(config_file: Path) -> Path:
     if not config.ipi.input:
         raise ConfigError(f"{config_file}: ipi.input is missing: `run` starts i-PI on it; with `serve` you start i-PI yourself")
     run = RunDirectory(base / config.run.directory)
-    with run.lock("driver"), ExitStack() as stack:
+    with _stop_on_signals(), run.lock("driver"), ExitStack() as stack:
         frames, ipi_input = read_system(config, base)
         if ipi_input is None:
             raise ConfigError(f"{config_file}: ipi.input names no i-PI input")
@@ -72,20 +73,23 @@ def run_session(config_file: Path) -> Path:
         done = simulation.reached()
         session = stack.enter_context(_open(config, config_file, run, frames, ipi_input, done))
         if simulation.finished():
-            session.driver.finish(config.oracle.timeout)
+            session.finish("finished", wait_for_audits=True)
             return run.path
         stack.callback(simulation.stop, STOP_SECONDS, STOP_SECONDS)
         effective = simulation.start()
+        session.begin_at(effective.step)
         client = _client(config, effective.endpoints, effective.shared_memory, session.driver)
-        with _stop_signals():
-            session.serve(client, partial(simulation.wait_until_listening, effective, config.ipi.connect_timeout))
+        session.serve(client, partial(simulation.wait_until_listening, effective, config.ipi.connect_timeout))
         simulation.wait(STOP_SECONDS)
         if not simulation.finished():
+            session.finish(f"i-PI ended at step {simulation.reached()}")
+            if simulation.stopped_on_request():
+                raise CleanStop(f"i-PI was told to stop, at step {simulation.reached()}; the same command goes on")
             raise IpiGone(
                 f"i-PI ended at step {simulation.reached()} of {ipi_input.total_steps}; see {simulation.log_file}. "
                 f"The same command goes on from there. The end of its log:\n{simulation.tail(15)}"
             )
-        session.finish(config.oracle.timeout, "finished")
+        session.finish("finished", wait_for_audits=True)
     return run.path
 
 
@@ -94,11 +98,13 @@ def serve_session(config_file: Path, *, unix: bool, addresses: list[str], port: 
     config, base = read_config(config_file), config_file.absolute().parent
     run = RunDirectory(base / config.run.directory)
     endpoints = [Endpoint("unix", a, prefix=prefix) if unix else Endpoint("inet", a, port) for a in addresses]
-    with run.lock("driver"):
+    with _stop_on_signals(), run.lock("driver"):
         frames, ipi_input = read_system(config, base)
-        with _open(config, config_file, run, frames, ipi_input, 0) as session, _stop_signals():
+        if ipi_input is not None:
+            _check_input(ipi_input, config)
+        with _open(config, config_file, run, frames, ipi_input, ipi_input.step if ipi_input else 0) as session:
             session.serve(_client(config, endpoints, shared_memory, session.driver))
-            session.finish(config.oracle.timeout, "i-PI said EXIT")
+            session.finish("i-PI said EXIT", wait_for_audits=True)
     return run.path
 
 
@@ -140,28 +146,36 @@ class Session:
     driver: Driver
     events: EventLog
     progress: Progress
+    label_seconds: float
+    """Time limit of a label."""
+    workers: int
 
     def serve(self, client: Client, wait_for_ipi: Callable[[], None] = lambda: None) -> None:
         """Answer i-PI until it ends.  Raises: CleanStop on Ctrl-C or SIGTERM."""
         try:
             wait_for_ipi()
             client.serve()
-        except KeyboardInterrupt:
+        except (Exception, KeyboardInterrupt) as error:
             client.close()
-            self.finish(0.0, "stopped on request")
-            raise CleanStop("stopped on request; the same command goes on") from None
-        except Exception as error:
-            client.close()
-            self.finish(0.0, f"{type(error).__name__}: {error}")
+            reason = "stopped on request" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            try:
+                self.finish(reason)
+            except BnnError as second:
+                log.error("while the books were closed: %s", second)
             raise
         finally:
             self.progress.finish()
 
-    def finish(self, audit_timeout: float, reason: str) -> None:
-        """Take the audits that are still in flight and close the books."""
-        if audit_timeout > 0 and self.driver.labelling.audits_in_flight:
-            self.progress.show(self.driver.step, f"waiting for {self.driver.labelling.audits_in_flight} audits", force=True)
-        self.driver.finish(audit_timeout)
+    def begin_at(self, step: int) -> None:
+        """The step at which i-PI really starts: an i-PI that a killed driver left may have gone further than it seemed."""
+        self.driver.counter.first_step = self.progress.first_step = step
+
+    def finish(self, reason: str, *, wait_for_audits: bool = False) -> None:
+        """Take the audits that have come, or all that are in flight, and close the books."""
+        in_flight = self.driver.labelling.audits_in_flight
+        if wait_for_audits and in_flight:
+            self.progress.show(self.driver.step, f"waiting for {in_flight} audits", force=True)
+        self.driver.finish(self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
         self.events.append("stop", reason=reason, step=self.driver.step)
         self.progress.finish()
 
@@ -177,6 +191,7 @@ def _open(
     promise = make_policy(config, frames.numbers, _audit_probability(config, ipi_input))
     model = load_model(config, config_file.absolute().parent, frames.numbers, config.potential.device)
     with ExitStack() as stack:
+        announced = {e["frame_id"] for e in read_events(run.events_dir) if e["kind"] == "label"}
         events = stack.enter_context(EventLog(run.events_dir))
         facts = physics(config, frames, model, oracle.physics(), fingerprint(oracle))
         run.fix_settings(_effective(config, config_file.absolute().parent), facts, events)
@@ -185,15 +200,16 @@ def _open(
         foundation = foundation_generation(model, config.ensemble.members)
         if weights.latest(run.generations_dir) is None:
             weights.publish(run.generations_dir, foundation)
-        trainer = TrainerProcess(config_file.absolute(), run, config.trainer.threads)
-        trainer.start()
+        trainer = TrainerProcess(run, config.trainer.threads)
+        trainer.begin()
         stack.callback(trainer.stop)
         labelling = _labelling(config, run, oracle, stack)
         progress = Progress(ipi_input.total_steps if ipi_input else None, done)
         driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress)
+        driver.announce_missing(announced)
         driver.ensemble.predict(frames)
         driver.foundation.predict(frames)
-        yield Session(driver, events, progress)
+        yield Session(driver, events, progress, config.oracle.timeout, config.oracle.workers)
 
 
 def _labelling(config: Config, run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
@@ -220,16 +236,20 @@ def _driver(
     events: EventLog,
     progress: Progress,
 ) -> Driver:
-    n_beads = ipi_input.n_beads if ipi_input else 1
     batched = ipi_input is not None and ipi_input.batch_size > 1
     settings = DriverSettings(
-        frames.numbers, frames.periodic, frames.charge, frames.multiplicity, batched, config.sanity.min_distance,
-        config.sanity.max_force, config.trainer.max_lag, config.output.stride, config.output.extras, config.run.seed,
+        frames.numbers, frames.periodic, frames.charge, frames.multiplicity, config.sanity.min_distance,
+        config.sanity.max_force, config.trainer.max_lag, config.output.stride, config.output.extras, config.run.seed, config.accuracy.energy,
     )  # fmt: skip
     ensemble = make_ensemble(model, trainer.load(trainer.newest()), config)
     foundation = make_ensemble(model, foundation_generation(model, 1), config)
-    counter = StepCounter(n_beads, done)
+    counter = StepCounter(_frames_per_step(ipi_input), done, batched)
     return Driver(settings, ensemble, foundation, *promise, labelling, trainer, events, counter, progress.show)
+
+
+def _frames_per_step(ipi_input: IpiInput | None) -> int:
+    """Beads of all systems; without an i-PI input a step cannot be told from a frame."""
+    return ipi_input.n_beads * ipi_input.n_systems if ipi_input else 1
 
 
 def _audit_probability(config: Config, ipi_input: IpiInput | None) -> float:
@@ -238,7 +258,7 @@ def _audit_probability(config: Config, ipi_input: IpiInput | None) -> float:
         return config.audit.probability
     if ipi_input is None or not ipi_input.total_steps:
         return DEFAULT_AUDIT_PROBABILITY
-    return min(1.0, config.audit.expected / (ipi_input.total_steps * ipi_input.n_beads))
+    return min(1.0, config.audit.expected / (ipi_input.total_steps * _frames_per_step(ipi_input)))
 
 
 def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], shared_memory: bool, driver: Driver) -> Client:
@@ -259,6 +279,11 @@ def _check_input(found: IpiInput, config: Config) -> None:
             f"{found.path}: <timeout> is {found.timeout:g} s, but a label may take {config.oracle.timeout:g} s ([oracle] timeout): "
             "i-PI would drop the driver in the middle of it; remove <timeout> or make it longer"
         )
+    if found.pbc and not config.system.periodic:
+        raise ConfigError(
+            f"{found.path}: <ffsocket pbc='true'> folds every atom by itself into the cell, and molecules come torn apart, "
+            "but [system] periodic = false; write pbc='false'"
+        )
     if found.exit_on_disconnect:
         log.warning("%s: <exit_on_disconnect> ends the simulation when the driver stops; the same command goes on", found.path)
     if found.checkpoint_stride is None:
@@ -272,8 +297,11 @@ def _effective(config: Config, base: Path) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """SIGTERM stops like Ctrl-C: sockets are closed at once, so that i-PI can write its RESTART."""
+def _stop_on_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run cleanly, whatever it is doing: sockets are closed, so that i-PI can write its RESTART.
+
+    Raises: CleanStop.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -281,5 +309,7 @@ def _stop_signals() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        raise CleanStop("stopped on request; the same command goes on") from None
     finally:
         signal.signal(signal.SIGTERM, before)

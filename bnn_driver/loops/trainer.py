@@ -26,8 +26,12 @@ FAILED = "failed.json"
 """In generations/: the labels whose update diverged, so that nobody waits for it."""
 
 
-def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int) -> None:
-    """Learn every label that appears, for ever; the parent process ends it."""
+def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int, audits_at_once: int | None) -> None:
+    """Learn every label that appears, for ever; the parent process ends it.
+
+    Args: audits_at_once: unlearnt audits that are worth an update of their own; None: they wait for an asked label, so that no
+        update is under way when one comes.
+    """
     store = LabelStore(run.labels_dir)
     events = EventLog(run.events_dir)
     while True:
@@ -37,9 +41,12 @@ def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int) 
             raise EnvironmentProblem(
                 f"{run.generations_dir} holds no readable generation; remove the folder to begin from the labels"
             )
+        if previous.number != weights.latest(run.generations_dir):
+            weights.go_back(run.generations_dir, previous.number)
         labels = store.all()
         known = set(previous.label_ids) | failed_labels(run.generations_dir)
-        if not _worth_an_update([item for item in labels if item.label.frame_id not in known], learner.settings.batch_size):
+        new = [item for item in labels if item.label.frame_id not in known]
+        if not _worth_an_update(new, audits_at_once):
             time.sleep(POLL_SECONDS)
             continue
         generation = _try_update(learner, previous, store, events, retries)
@@ -51,9 +58,9 @@ def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int) 
             weights.prune(run.generations_dir, keep)
 
 
-def _worth_an_update(new: list[LabelledFrame], batch_size: int) -> bool:
-    """An asked label is learnt at once; audits, whose frames were predicted well, wait for one or until a batch is full."""
-    return any(not item.context["audit"] for item in new) or len(new) >= batch_size
+def _worth_an_update(new: list[LabelledFrame], audits_at_once: int | None) -> bool:
+    """An asked label is learnt at once; audits, whose frames were predicted well, can wait."""
+    return any(not item.context["audit"] for item in new) or (audits_at_once is not None and len(new) >= audits_at_once)
 
 
 def _try_update(learner: Learner, previous: Generation, store: LabelStore, events: EventLog, retries: int) -> Generation | None:
@@ -93,11 +100,15 @@ def end_with_parent() -> None:
 class TrainerProcess:
     """The driver's view of the trainer: starts it, restarts it when it died, and waits for its generations."""
 
-    config: Path
     run: RunDirectory
     threads: int
     restarts: int = 3
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def begin(self) -> None:
+        """Start the process of a new start: labels whose update diverged before are tried again, with the settings of now."""
+        (self.run.generations_dir / FAILED).unlink(missing_ok=True)
+        self.start()
 
     def start(self) -> None:
         """Start the process; its output goes to log/trainer.log."""
@@ -106,7 +117,7 @@ class TrainerProcess:
         }
         with (self.run.log_dir / "trainer.log").open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bnn_driver.loops.trainer_main", str(self.config), str(self.run.path)],
+                [sys.executable, "-m", "bnn_driver.loops.trainer_main", str(self.run.path)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -134,11 +145,11 @@ class TrainerProcess:
         Raises: DivergedError when no generation but the foundation model exists and its update diverged.
         """
         seen = -1
-        learnt: set[str] = set()
+        learnt: frozenset[str] = frozenset()
         while True:
             number = self.newest()
             if number != seen:
-                seen, learnt = number, set(self.load(number).label_ids)
+                seen, learnt = number, weights.label_ids(self.run.generations_dir, number)
             failed = failed_labels(self.run.generations_dir)
             if len(label_ids - learnt - failed) <= allowed_lag:
                 if number == 0 and label_ids and label_ids <= failed:

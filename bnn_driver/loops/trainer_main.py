@@ -1,4 +1,4 @@
-"""Entry point of the trainer process: `python -m bnn_driver.loops.trainer_main CONFIG RUN`."""
+"""Entry point of the trainer process: `python -m bnn_driver.loops.trainer_main RUN`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def main() -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver ends this process
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config_file, run = Path(sys.argv[1]), RunDirectory.existing(Path(sys.argv[2]))
+    run = RunDirectory.existing(Path(sys.argv[1]))
     try:
-        config = read_config(config_file)
+        config, settings = read_config(run.path / "bnn.toml"), read_json(run.settings_file)
         use_threads(config.trainer.threads)
-        numbers = np.array(read_json(run.settings_file)["physics"]["numbers"])
         with run.lock("trainer"):
-            model = load_model(config, config_file.parent, numbers, config.trainer.device)
-            serve_updates(run, make_learner(model, config), config.trainer.update_retries, config.output.keep_generations)
+            base, numbers = Path(settings["effective"]["base"]), np.array(settings["physics"]["numbers"])
+            learner = make_learner(load_model(config, base, numbers, config.trainer.device), config)
+            audits_at_once = config.ensemble.batch_size if config.trainer.max_lag else None
+            serve_updates(run, learner, config.trainer.update_retries, config.output.keep_generations, audits_at_once)
     except BnnError as error:
         logging.getLogger(__name__).error("%s", error)
         sys.exit(error.exit_code)

@@ -43,6 +43,8 @@ class JudgedLabel:
     audit: bool
     counts_for_calibration: bool
     """Neither of the first frame nor predicted by generation 0, whose members have no spread."""
+    accuracy: float | None
+    """eV, the promise under which the frame was served; None where the label does not say."""
     error: float
     """eV, predicted - (label + offset), of the model that was served."""
     foundation_error: float
@@ -134,6 +136,7 @@ def _judge(number: int, item: LabelledFrame, offset: float) -> JudgedLabel:
         criterion=criterion,
         audit=bool(known.get("audit", criterion == "audit")),
         counts_for_calibration=criterion != "first" and int(known.get("generation", 0)) > 0,
+        accuracy=None if known.get("accuracy") is None else float(known["accuracy"]),
         error=float(known["predicted_energy"]) - (true.energy + offset),
         foundation_error=float(known.get("foundation_energy", np.nan)) - (true.energy + offset),
         sd=float(known.get("energy_predictive_sd", np.nan)),

@@ -76,7 +76,10 @@ def seconds(history: History) -> dict[str, float]:
 
 def _errors(labels: list[JudgedLabel], promise: Promise) -> dict[str, Any]:
     errors = np.array([x.error for x in labels])
-    exceeded = None if promise.accuracy is None else int(np.sum(np.abs(errors) >= promise.accuracy))
+    limits = [promise.accuracy if x.accuracy is None else x.accuracy for x in labels]
+    exceeded = None
+    if promise.accuracy is not None and all(limit is not None for limit in limits):
+        exceeded = int(np.sum(np.abs(errors) >= np.array(limits, dtype=float)))
     return {
         "count": len(labels),
         "exceeded": exceeded,

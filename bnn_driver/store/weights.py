@@ -104,6 +104,17 @@ def load_latest(folder: Path) -> Generation | None:
     return None
 
 
+def go_back(folder: Path, number: int) -> None:
+    """Make an earlier generation the current one, when all later ones are damaged: the next update takes their place."""
+    with folder_lock(Path(folder), wait=True):
+        write_atomic(Path(folder) / _CURRENT, f"{number}\n".encode())
+
+
+def label_ids(folder: Path, number: int) -> frozenset[str]:
+    """Frame ids of the labels that a generation has learnt, without reading its weights.  Raises: EnvironmentProblem."""
+    return frozenset(read_json(Path(folder) / f"{number:06d}" / _STATE)["label_ids"])
+
+
 def prune(folder: Path, keep: int) -> tuple[int, ...]:
     """Delete all but the newest `keep` generations; 0, the current one and the one before it always stay.
 

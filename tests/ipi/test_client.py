@@ -289,7 +289,7 @@ def test_nan_positions_end_the_run_with_the_atom(ipi: FakeIpi):
     x[0, 2, 1] = np.nan
     ipi.ask(x, cell)
     outcome = serving.join(3.0)
-    assert isinstance(outcome, ProtocolError)
+    assert isinstance(outcome, GuardStop)
     assert "atom 2 of structure 0" in str(outcome)
     assert handler.sizes == []
 

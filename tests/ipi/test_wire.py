@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from bnn_driver.errors import ProtocolError
+from bnn_driver.errors import GuardStop, ProtocolError
 from bnn_driver.ipi import wire
 from bnn_driver.units import BOHR, HARTREE, HARTREE_PER_BOHR
 
@@ -77,9 +77,9 @@ def test_batch_size_is_read_from_the_text_of_init(text: str, size: int):
 def test_positions_that_are_not_finite_are_refused_with_the_place():
     x = np.zeros((2, 12))
     x[1, 7] = np.nan
-    with pytest.raises(ProtocolError, match="atom 2 of structure 1"):
+    with pytest.raises(GuardStop, match="atom 2 of structure 1"):
         wire.decode_frames(np.ones((2, 9)), x, 4)
-    with pytest.raises(ProtocolError, match="the cell"):
+    with pytest.raises(GuardStop, match="the cell"):
         wire.decode_frames(np.full((2, 9), np.inf), np.zeros((2, 12)), 4)
 
 

@@ -203,6 +203,30 @@ def test_an_oracle_that_does_not_converge_ends_the_run_and_loses_nothing(tmp_pat
     assert not children_of_run(config)
 
 
+def test_a_first_update_that_diverges_can_be_mended(tmp_path: Path) -> None:
+    config = write_run(tmp_path, steps=4)
+    good = config.read_text()
+    config.write_text(good.replace("step_size = 3e-3", "step_size = 1e6"))
+    failed = program("run", config)
+    assert failed.returncode == 5, failed.stderr
+    assert "step_size" in failed.stderr
+    assert len(labels(config)) == 1
+    config.write_text(good)
+    mended = program("run", config)
+    assert mended.returncode == 0, mended.stderr
+    assert labels(config)[0].context["criterion"] == "first"
+
+
+def test_ctrl_c_before_the_first_label_is_a_clean_stop(tmp_path: Path, start: Start) -> None:
+    config = write_run(tmp_path, steps=10, delay="30 s")
+    process = start(config)
+    wait_for(lambda: list((tmp_path / "run" / "oracle" / "pending").glob("*.json")))
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert not children_of_run(config)
+
+
 def test_a_killed_ipi_is_noticed_and_the_run_resumes(tmp_path: Path, start: Start) -> None:
     config = write_run(tmp_path, steps=30, delay="0.1 s")
     process = start(config)

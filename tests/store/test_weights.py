@@ -11,7 +11,7 @@ from awkward import assert_same
 
 from bnn_driver.errors import BnnError, EnvironmentProblem
 from bnn_driver.records import Generation
-from bnn_driver.store.weights import latest, load, load_latest, prune, publish
+from bnn_driver.store.weights import go_back, label_ids, latest, load, load_latest, prune, publish
 
 
 def make(number: int) -> Generation:
@@ -133,3 +133,16 @@ def test_a_state_that_is_no_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BnnError, match="is not JSON"):
         publish(tmp_path, replace(make(0), state={"x": object()}))
     assert latest(tmp_path) is None
+
+
+def test_after_a_damaged_generation_the_next_update_takes_its_place(tmp_path: Path):
+    for number in range(3):
+        publish(tmp_path, make(number))
+    damaged = tmp_path / "000002" / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    undamaged = load_latest(tmp_path)
+    assert undamaged.number == 1
+    go_back(tmp_path, 1)
+    publish(tmp_path, make(2))
+    assert load(tmp_path, 2).number == 2
+    assert label_ids(tmp_path, 2) == frozenset(make(2).label_ids)
