@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--updates", type=int, default=1, help="of the chains, one after the other; Adam gets as many steps")
     parser.add_argument("--prior-sd", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -203,7 +204,7 @@ def main() -> None:
     potential, train, test = {"ethanol": ethanol, "zundel": zundel}[options.system](options.data)
     learner = make_learner(potential, options.steps, options.prior_sd, options.seed)
     heads = ("E std", "F rmse", "z E", "z F", "rank E", "rank F", "auc E", "auc F", "cov E", "cov F", "s")
-    print(f"{options.system}: {options.members} members, {options.steps} steps, prior sd {options.prior_sd}")
+    print(f"{options.system}: {options.members} members, {options.updates} x {options.steps} steps, prior sd {options.prior_sd}")
     print(f"{'':<26}" + "".join(f"{h:>8}" for h in heads[:-1]) + f"{heads[-1]:>9}")
     before = predict(learner, start(learner, 1), test.frames)
     print(row("foundation", before, test, 0.0), flush=True)
@@ -211,10 +212,12 @@ def main() -> None:
         first = float(predict(learner, start(learner, 1), train.frames[0]).mean_energy[0])
         labels = as_labels(train[slice(0, n)], first)
         begin = time.perf_counter()
-        tuned = adam(learner, labels, options.steps)
+        tuned = adam(learner, labels, options.steps * options.updates)
         print(row(f"{n:>3} labels, Adam", predict(learner, tuned, test.frames), test, time.perf_counter() - begin), flush=True)
         begin = time.perf_counter()
-        sampled, _ = update(learner, start(learner, options.members), labels, 0)
+        sampled = start(learner, options.members)
+        for _ in range(options.updates):
+            sampled, _ = update(learner, replace(sampled, label_ids=()), labels, 0)
         seconds = time.perf_counter() - begin
         prediction = predict(learner, sampled, test.frames)
         one = replace(
