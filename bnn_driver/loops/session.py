@@ -20,7 +20,7 @@ from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.config import Config, read_config
 from bnn_driver.errors import BnnError, CleanStop, ConfigError, IpiGone
-from bnn_driver.executors import LocalExecutor, read_done
+from bnn_driver.executors import LocalExecutor
 from bnn_driver.ipi.client import Client
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess
 from bnn_driver.ipi.transport import Endpoint
@@ -39,7 +39,7 @@ from bnn_driver.loops.driver import Driver, DriverSettings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.trainer import TrainerProcess
-from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle
+from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from awkward import assert_same, make_label
 
-from bnn_driver.executors import read_done, write_done
+from bnn_driver.oracle import read_done, write_done
 from bnn_driver.records import Generation
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import EventLog, RunDirectory, read_events
