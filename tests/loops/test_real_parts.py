@@ -32,7 +32,7 @@ model = "embedded"
 dtype = "float64"
 [ensemble]
 members = 2
-steps_per_update = 20
+steps_per_update = 100
 prior_sd = 0.1
 [accuracy]
 energy = "1 kcal/mol"
