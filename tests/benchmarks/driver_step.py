@@ -53,17 +53,16 @@ def socket_milliseconds(frames: Frames) -> float:
     cell = np.broadcast_to(30.0 * np.eye(3), (beads, 3, 3))
     request = wire.pack_posdata(frames.positions, cell, beads > 1)
     reply = wire.pack_forces(np.zeros(beads), np.zeros((beads, atoms, 3)), np.zeros((beads, 3, 3)), ["{}"] * beads)
-    stop = threading.Event()
 
     def exactly(channel: socket.socket, size: int) -> bytes:
         data = b""
-        while len(data) < size:
-            data += channel.recv(size - len(data))
+        while len(data) < size and (part := channel.recv(size - len(data))):
+            data += part
         return data
 
     def serve() -> None:
-        while not stop.is_set():
-            body = exactly(ours, len(request))[16:]  # without POSDATA and the number of atoms
+        while message := exactly(ours, len(request)):
+            body = message[16:]  # without POSDATA and the number of atoms
             if beads > 1:
                 h, x = wire.split_batched_posdata(body, atoms, beads)
                 wire.decode_frames(h, x, atoms)
@@ -77,11 +76,9 @@ def socket_milliseconds(frames: Frames) -> float:
         exactly(theirs, len(reply))
 
     result = milliseconds(exchange)
-    stop.set()
-    exchange()
+    theirs.close()
     thread.join()
     ours.close()
-    theirs.close()
     return result
 
 
