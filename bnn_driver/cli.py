@@ -13,7 +13,12 @@ import typer
 
 from bnn_driver.errors import BnnError, ConfigError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+SUMMARY = """An i-PI driver that keeps a simulation with a machine-learned potential within a promised accuracy.
+
+Exit codes: 0 done, 2 usage or config, 3 environment, 4 oracle failed, 5 sampling diverged, 6 i-PI gone, 7 a guard stopped the run,
+75 stopped on request (the same command goes on)."""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=SUMMARY)
 ConfigFile = Annotated[Path, typer.Argument(help="the run's TOML file")]
 RunFolder = Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")]
 
