@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -51,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of ethanol; the config's path."""
     folder = tmp_path_factory.mktemp("ethanol")
     text = (EXAMPLE / "input.xml").read_text()
-    text = text.replace("<total_steps>2000<", "<total_steps>12<").replace("bnn-ethanol", f"test-{uuid.uuid4().hex[:12]}")
+    text = re.sub(r"<total_steps>\d+<", "<total_steps>12<", text).replace("bnn-ethanol", f"test-{uuid.uuid4().hex[:12]}")
     (folder / "input.xml").write_text(text)
     (folder / "init.xyz").write_text((EXAMPLE / "init.xyz").read_text())
     config = folder / "bnn.toml"
