@@ -81,14 +81,14 @@ def as_labels(labelled: Labelled, foundation_energy: float) -> list[LabelledFram
     return items
 
 
-def make_learner(potential: StackedPotential, steps: int, prior_sd: float, seed: int) -> Learner:
-    """Published settings but for the number of steps."""
+def make_learner(potential: StackedPotential, steps: int, prior_sd: float, seed: int, step_size: float = 1e-3) -> Learner:
+    """Published settings but for what is given."""
     head = NoiseHead(potential.n_features, (64, 16))
     noise = NoiseModel(0.1 * ACCURACY, FORCE_NOISE, 1.0, head)
     centre = dict(potential.weights) | head.init(potential.dtype, potential.device)
     table = layout(centre)
     flat = table.flat({k: v[None] for k, v in centre.items()})[0]
-    settings = UpdateSettings(steps, 5, 1e-3, SghmcSettings(0.1, 0.999, 1e-4), 1.0, 0.2, 0.05, 1e9, (0.0, 1e9))
+    settings = UpdateSettings(steps, 5, step_size, SghmcSettings(0.1, 0.999, 1e-4), 1.0, 0.2, 0.05, 1e9, (0.0, 1e9))
     return Learner(potential, noise, GaussianPrior(flat, torch.full_like(flat, prior_sd)), table, settings, seed)
 
 
@@ -197,14 +197,16 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--updates", type=int, default=1, help="of the chains, one after the other; Adam gets as many steps")
+    parser.add_argument("--step-size", type=float, default=1e-3, help="of the chains at the start of an update")
     parser.add_argument("--prior-sd", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     potential, train, test = {"ethanol": ethanol, "zundel": zundel}[options.system](options.data)
-    learner = make_learner(potential, options.steps, options.prior_sd, options.seed)
+    learner = make_learner(potential, options.steps, options.prior_sd, options.seed, options.step_size)
     heads = ("E std", "F rmse", "z E", "z F", "rank E", "rank F", "auc E", "auc F", "cov E", "cov F", "s")
-    print(f"{options.system}: {options.members} members, {options.updates} x {options.steps} steps, prior sd {options.prior_sd}")
+    effort = f"{options.updates} x {options.steps} steps of {options.step_size:g}"
+    print(f"{options.system}: {options.members} members, {effort}, prior sd {options.prior_sd}")
     print(f"{'':<26}" + "".join(f"{h:>8}" for h in heads[:-1]) + f"{heads[-1]:>9}")
     before = predict(learner, start(learner, 1), test.frames)
     print(row("foundation", before, test, 0.0), flush=True)
