@@ -75,6 +75,9 @@ class PotentialSettings(_Section):
     device: str = "cpu"
     dtype: Literal["float64", "float32"] = "float32"
     path: Literal["auto", "stacked", "modules"] = "auto"
+    compile: Literal["off", "auto", "on"] = "off"
+    """Machine code for the fast path, compared with the plain one before it is used: "on" at the first use of a shape, which takes
+    minutes on a CPU, "auto" once a shape has cost as much time as compiling it would."""
     threads: int = Field(default=1, ge=1)
     """Threads of one process; more than one pays only on idle machines and for large systems."""
 
@@ -107,10 +110,10 @@ class EnsembleSettings(_Section):
     """Nats per label component by which the loss may end above its start before an update counts as diverged."""
     temperature_range: tuple[float, float] = (0.2, 5.0)
     """Kinetic temperature, in units of the target, outside which an update counts as diverged."""
-    member_chunk: int = Field(default=8, ge=1)
-    """Members evaluated together; lower it on a CPU for networks of more than about 64 channels, and where memory is short."""
-    skin: Length = "0.5 A"  # type: ignore[assignment]
-    """Neighbour lists serve until an atom has moved by half of it."""
+    member_chunk: int | None = Field(default=None, ge=1)
+    """Members evaluated together; chosen from the size of the work when not given."""
+    skin: Length | None = None
+    """Neighbour lists serve until an atom has moved by half of it; 0.5 Å on a GPU and 0 on a CPU when not given."""
 
 
 class ForceGroup(_Section):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from bnn_driver.bayes.prior import GaussianPrior
 
 #: (theta (M, D), index (M, b), weight (M, b)) -> (M,) Σ_b weight · (-log-likelihood of label index_b); member m reads only row m
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class OwnGradient(Protocol):
+    """A `Forward` that also knows its gradient."""
+
+    def gradient(self, theta: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient (M, D) of the sum over the chains, and the loss (M,) of each."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +44,10 @@ class MinibatchPosterior:
         Args: theta: (M, D), not changed.   index, weight: (M, b), the chains' minibatches.
         Returns: gradient (M, D) and loss (M,), the weighted negative log-likelihood without the prior.
         """
-        leaf = theta.detach().requires_grad_(True)
-        loss = self.forward(leaf, index, weight)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        if isinstance(self.forward, OwnGradient):
+            gradient, loss = self.forward.gradient(theta, index, weight)
+        else:
+            leaf = theta.detach().requires_grad_(True)
+            loss = self.forward(leaf, index, weight)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return gradient - self.prior.gradient(theta) / self.n_labels, loss.detach()

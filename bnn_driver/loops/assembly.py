@@ -28,6 +28,7 @@ from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.factory import make_potential
 from bnn_driver.potential.mace import load_mace
 from bnn_driver.potential.params import layout, repeat_weights
+from bnn_driver.potential.planning import keep_freed_memory
 from bnn_driver.potential.toy import ToyPotential
 from bnn_driver.records import Array, Frames, Generation
 
@@ -90,7 +91,7 @@ def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model
     else:
         file = base / s.model
         loaded = load_mace(file if file.is_file() else s.model, s.head, device)
-        potential = make_potential(loaded.module, numbers.tolist(), dtype, device, s.path, loaded.head)
+        potential = make_potential(loaded.module, numbers.tolist(), dtype, device, s.path, loaded.head, compile=s.compile)
         checksum = loaded.sha256
     head = NoiseHead(potential.n_features, config.ensemble.noise_head)
     e = config.ensemble
@@ -169,6 +170,7 @@ def physics(config: Config, frames: Frames, model: Model, oracle_facts: dict[str
     }
 
 
-def use_threads(count: int) -> None:
-    """Threads of this process: more than asked for slows a busy machine down by an order of magnitude."""
-    torch.set_num_threads(count)
+def settle(threads: int) -> None:
+    """Threads and memory of this process: more threads than asked for slow a busy machine down by an order of magnitude."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()

@@ -12,6 +12,7 @@ from torch import Tensor
 from bnn_driver.bayes.likelihood import NoiseModel, Targets, log_likelihood
 from bnn_driver.bayes.prior import GaussianPrior
 from bnn_driver.bayes.update import UpdateReport, UpdateSettings, update_chains
+from bnn_driver.errors import BnnError
 from bnn_driver.loops.seeds import derive
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.graph import Graph, build_graph
@@ -60,12 +61,43 @@ def update(
 
 
 @dataclass(frozen=True, eq=False)
+class Batch:
+    """One minibatch per chain."""
+
+    graph: Graph
+    """Leading axes (M, b)."""
+    targets: Targets
+    volume: Tensor | None
+    """(M, b) Å^3."""
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        t = self.targets
+        rest = [x for x in (t.energy, t.forces, t.stress, t.has_stress, self.volume) if x is not None]
+        return [*self.graph.tensors(), *rest]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """The same batch with other tensors, in the order of `tensors()`."""
+        fixed = len(self.graph.tensors())
+        rest = iter(tensors[fixed:])
+        t = self.targets
+        energy, forces, stress, has_stress, volume = (
+            None if x is None else next(rest) for x in (t.energy, t.forces, t.stress, t.has_stress, self.volume)
+        )
+        if energy is None or forces is None:
+            raise BnnError("a minibatch without energies or forces")
+        return Batch(self.graph.with_tensors(tensors[:fixed]), Targets(energy, forces, stress, has_stress), volume)
+
+
+@dataclass(frozen=True, eq=False)
 class TrainingLoss:
     """Negative log-likelihood of minibatches of the labels, one minibatch per chain."""
 
     learner: Learner
     graph: Graph
     targets: Targets
+    atoms: tuple[int, ...]
+    """Atomic numbers."""
     volume: Tensor | None
     """(N,) Å^3 of periodic frames whose labels have a stress."""
 
@@ -91,8 +123,9 @@ class TrainingLoss:
             stress,
             None if stress is None else tensor(has_stress, torch.bool),
         )
-        graph = build_graph(frames, potential.cutoff, potential.dtype, potential.device)
-        return cls(learner, graph, targets, volume)
+        rounded = potential.compiler.mode != "off"
+        graph = build_graph(frames, potential.cutoff, potential.dtype, potential.device, rounded=rounded)
+        return cls(learner, graph, targets, tuple(frames.numbers.tolist()), volume)
 
     @property
     def components(self) -> int:
@@ -101,12 +134,36 @@ class TrainingLoss:
 
     def __call__(self, theta: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """(M,) weighted sum of -log p over each chain's minibatch.  Args: theta (M, D); index, weight (M, b)."""
-        weights = self.learner.layout.views(theta)
-        result = self.learner.potential.evaluate(weights, self.graph.take(index), create_graph=True)
+        batch = self._batch(index)
+        return self._loss(self.learner.layout.views(theta), weight, batch)
+
+    def gradient(self, theta: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient (M, D) of the sum over the chains and the loss (M,) of each; one function of tensors, so that it can be compiled."""
+        batch, weights = self._batch(index), self.learner.layout.views(theta.detach())
+        names, inputs = tuple(weights), batch.tensors()
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            leaves = [x.detach().requires_grad_(True) for x in tensors[: len(names)]]
+            loss = self._loss(
+                dict(zip(names, leaves, strict=True)), tensors[len(names)], batch.with_tensors(tensors[len(names) + 1 :])
+            )
+            return *torch.autograd.grad(loss.sum(), leaves, materialize_grads=True), loss.detach()
+
+        tensors = [*weights.values(), weight, *inputs]
+        key = (self.atoms, *(tuple(x.shape) for x in tensors))
+        *gradient, loss = self.learner.potential.compiler("training step", key, function, tensors)
+        return torch.cat([x.reshape(len(theta), -1) for x in gradient], dim=1), loss
+
+    def _batch(self, index: Tensor) -> Batch:
+        volume = None if self.volume is None else self.volume[index]
+        return Batch(self.graph.take(index), self.targets.take(index), volume)
+
+    def _loss(self, weights: dict[str, Tensor], weight: Tensor, batch: Batch) -> Tensor:
+        result = self.learner.potential.evaluate(weights, batch.graph, create_graph=True)
         energy_sd, force_sd = self.learner.noise(result.features, weights)
-        stress = None if self.volume is None else -result.virial / self.volume[index][..., None, None]
+        stress = None if batch.volume is None else -result.virial / batch.volume[..., None, None]
         log_p = log_likelihood(
-            result.energy, result.forces, stress, self.targets.take(index), energy_sd, force_sd, self.learner.noise.stress_sd
+            result.energy, result.forces, stress, batch.targets, energy_sd, force_sd, self.learner.noise.stress_sd
         )
         return -(weight * log_p).sum(dim=1)
 

@@ -32,7 +32,7 @@ from bnn_driver.loops.assembly import (
     make_policy,
     physics,
     read_system,
-    use_threads,
+    settle,
 )
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
@@ -111,7 +111,7 @@ def serve_session(config_file: Path, *, unix: bool, addresses: list[str], port: 
 def check_session(config_file: Path) -> str:
     """Everything that can be validated without running: config, i-PI input, model, oracle settings, one prediction."""
     config, base = read_config(config_file), config_file.absolute().parent
-    use_threads(config.potential.threads)
+    settle(config.potential.threads)
     frames, ipi_input = read_system(config, base)
     oracle = load_oracle(config.oracle.kind, config.oracle.options)
     oracle.check(frames)
@@ -185,7 +185,7 @@ def _open(
     config: Config, config_file: Path, run: RunDirectory, frames: Frames, ipi_input: IpiInput | None, done: int
 ) -> Iterator[Session]:
     """All parts but i-PI, warm and ready; stopped when the context ends."""
-    use_threads(config.potential.threads)
+    settle(config.potential.threads)
     oracle = load_oracle(config.oracle.kind, config.oracle.options)
     oracle.check(frames)
     promise = make_policy(config, frames.numbers, _audit_probability(config, ipi_input))

@@ -11,7 +11,7 @@ import numpy as np
 
 from bnn_driver.config import read_config
 from bnn_driver.errors import BnnError
-from bnn_driver.loops.assembly import load_model, make_learner, use_threads
+from bnn_driver.loops.assembly import load_model, make_learner, settle
 from bnn_driver.loops.trainer import end_with_parent, serve_updates
 from bnn_driver.store.run import RunDirectory, read_json
 
@@ -24,7 +24,7 @@ def main() -> None:
     run = RunDirectory.existing(Path(sys.argv[1]))
     try:
         config, settings = read_config(run.path / "bnn.toml"), read_json(run.settings_file)
-        use_threads(config.trainer.threads)
+        settle(config.trainer.threads)
         with run.lock("trainer"):
             base, numbers = Path(settings["effective"]["base"]), np.array(settings["physics"]["numbers"])
             learner = make_learner(load_model(config, base, numbers, config.trainer.device), config)

@@ -40,14 +40,47 @@ class Arranged:
     """(A, B, K)."""
 
 
-def arrange(graph: Graph, elements: Tensor) -> Arranged:
-    """Args: graph: leading axes (B,) or (M, B).   elements: (E,) ascending atomic numbers."""
+@dataclass(frozen=True, eq=False)
+class Sorting:
+    """Atoms sorted by element; follows from the atomic numbers alone."""
+
+    numbers: Tensor
+    """(A,) int64, in the order of the frames."""
+    kind: Tensor
+    """(A,) element number of each atom, in the order of the frames."""
+    order: Tensor
+    """(A,) atom at each place of the sorted order."""
+    inverse: Tensor
+    """(A,) place of each atom in the sorted order."""
+    counts: tuple[int, ...]
+    """Atoms of each element."""
+    key: tuple[int, ...]
+    """The atomic numbers once more, on the host."""
+
+    def slices(self, frames: int) -> tuple[tuple[int, int, int], ...]:
+        """(element, first node, last node + 1) of the elements that are there."""
+        out, first = [], 0
+        for e, count in enumerate(self.counts):
+            if count:
+                out.append((e, first * frames, (first + count) * frames))
+            first += count
+        return tuple(out)
+
+
+def sort_atoms(numbers: Tensor, elements: Tensor) -> Sorting:
+    """Args: numbers: (A,) int64.   elements: (E,) ascending atomic numbers."""
+    kind = torch.searchsorted(elements, numbers)
+    order = torch.argsort(kind, stable=True)
+    counts = torch.bincount(kind, minlength=len(elements)).tolist()
+    return Sorting(numbers, kind, order, torch.argsort(order), tuple(counts), tuple(numbers.tolist()))
+
+
+def arrange(graph: Graph, atoms: Sorting) -> Arranged:
+    """Tensor operations alone, none of which reads a value on the host.  Args: graph: leading axes (B,) or (M, B)."""
     lead = graph.lead
     b, (a, k) = lead[-1], graph.source.shape[-2:]
     device = graph.source.device
-    kind = torch.searchsorted(elements, graph.numbers)
-    order = torch.argsort(kind, stable=True)
-    inverse = torch.argsort(order)
+    numbers, kind, order, inverse = atoms.numbers, atoms.kind, atoms.order, atoms.inverse
     frame = torch.arange(b, device=device)
 
     def sorted_edges(x: Tensor) -> Tensor:  # (..., B, A, K, *) -> (L, A, B, K, *)
@@ -65,26 +98,20 @@ def arrange(graph: Graph, elements: Tensor) -> Arranged:
     edge = edge.reshape(size, -1)
     bonds = torch.arange(edge.shape[1], device=device)
     real = torch.gather(mask, 1, edge) & (torch.gather(flat_pair, 1, edge) == bonds)
-    z_source = torch.gather(graph.numbers[source].reshape(size, -1), 1, edge)
+    z_source = torch.gather(numbers[source].reshape(size, -1), 1, edge)
     dtype = graph.positions.dtype
-    counts = torch.bincount(kind, minlength=len(elements)).tolist()
-    slices, first = [], 0
-    for e, count in enumerate(counts):
-        if count:
-            slices.append((e, first * b, (first + count) * b))
-        first += count
     return Arranged(
         inverse=inverse,
         kind=kind[order].repeat_interleave(b),
         source_kind=kind[source].reshape(size, -1),
-        slices=tuple(slices),
+        slices=atoms.slices(b),
         source=(inverse[source] * b + frame.view(1, 1, b, 1)).reshape(size, -1),
         pair=flat_pair,
         half=edge,
         mask=mask.to(dtype),
         bond=real.to(dtype).unsqueeze(-1),
         vectors=sorted_edges(graph.vectors()).reshape(size, -1, 3),
-        z=(graph.numbers[atom].reshape(size, -1), z_source),
+        z=(numbers[atom].reshape(size, -1), z_source),
         shape=(a, b, k),
     )
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bnn_driver.potential.compiling import Compiler
 from bnn_driver.potential.graph import Graph
 
 
@@ -51,6 +52,10 @@ class Potential(Protocol):
     device: torch.device
     path: str
     """Which code evaluates it, and why."""
+    edge_width: int
+    """Numbers per edge and member in the largest tensor of an evaluation."""
+    compiler: Compiler
+    """Runs functions built on `evaluate`, compiled where that was asked for."""
 
     def prepare(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Weights with what follows from them alone.  Args: weights: name -> (M, ...)."""

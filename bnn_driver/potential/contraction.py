@@ -7,6 +7,9 @@ the pairs chosen so that few serve all (greedy cover):
     out_w = Σ_pairs (x_a x_b) Σ_i V[i, pair] x_i,        V = T W,
 
 T the symmetrised coupling coefficients.  V depends on weights alone.  (Batatia et al., NeurIPS 2022, eq. 10 and 11.)
+
+Compiled, and for few nodes, the plain sum over monomials is faster: it reads the five times fewer coefficients T W once, and
+its products never reach memory.
 """
 
 from __future__ import annotations
@@ -36,6 +39,34 @@ class Coupling:
 
 
 @dataclass(frozen=True, eq=False)
+class Monomials:
+    """The polynomial term by term: Q terms of degree 3 in the components and the constant 1, sorted by output."""
+
+    factors: tuple[Tensor, Tensor, Tensor]
+    """Each (Q,) int64."""
+    table: Tensor
+    """T (k of all output irreps, Q)."""
+    segments: list[int]
+    """(R,) number of terms of each output."""
+
+    def coefficients(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
+        """T W of every element, (M, E, Q, C).  Args: weights: as for `Contraction.pair_weights`."""
+        w = torch.cat([x for group in weights for x in group], dim=2)
+        return torch.matmul(self.table.T, w)
+
+    def __call__(self, x: Tensor, coefficients: Tensor, slices: Sequence[tuple[int, int, int]]) -> Tensor:
+        """out (M, N, R, C).  Args: x, slices: as for `Contraction`.   coefficients: (M, E, Q, C)."""
+        i, j, k = self.factors
+        out = []
+        for e, first, last in slices:
+            nodes = x[:, first:last]
+            product = nodes.index_select(2, i) * nodes.index_select(2, j) * nodes.index_select(2, k)
+            terms = (product * coefficients[:, e].unsqueeze(1)).split(self.segments, dim=2)
+            out.append(torch.stack([part.sum(dim=2) for part in terms], dim=2))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+@dataclass(frozen=True, eq=False)
 class Contraction:
     """Tables of one layer.  n components, R outputs over all output irreps, P pairs."""
 
@@ -50,6 +81,8 @@ class Contraction:
     """(P,) int64, second factor."""
     segments: list[int]
     """(R,) number of pairs of each output; the pairs are sorted by output."""
+    plain: Monomials
+    """The same polynomial without factorisation."""
     components: int
 
     def pair_weights(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -61,17 +94,18 @@ class Contraction:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
     def __call__(self, x: Tensor, pair_weights: Tensor, slices: Sequence[tuple[int, int, int]]) -> Tensor:
-        """out (M, C, R, N).
+        """out (M, N, R, C).
 
-        Args: x: (M, C, n+1, N), the last component 1.   pair_weights: (E, M, C, P, n+1).
+        Args: x: (M, N, n+1, C), the last component 1.   pair_weights: (E, M, C, P, n+1).
             slices: (element, first node, last node + 1), nodes being sorted by element.
         """
+        x = x.permute(0, 3, 2, 1).contiguous()  # a product per channel
         of_element = pair_weights.unbind(0)
         nodes = x.split([b - a for _, a, b in slices], dim=-1)
         single = [torch.matmul(of_element[e], part) for (e, _, _), part in zip(slices, nodes, strict=True)]
         inner = single[0] if len(single) == 1 else torch.cat(single, dim=-1)
         terms = x.index_select(2, self.first) * x.index_select(2, self.second) * inner
-        return torch.stack([part.sum(dim=2) for part in terms.split(self.segments, dim=2)], dim=2)
+        return torch.stack([part.sum(dim=2) for part in terms.split(self.segments, dim=2)], dim=2).permute(0, 3, 2, 1)
 
 
 def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device: torch.device) -> Contraction:
@@ -100,8 +134,28 @@ def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device:
         first=factors[:, 0].contiguous(),
         second=factors[:, 1].contiguous(),
         segments=np.bincount(owner).tolist(),
+        plain=_plain(couplings, dtype, device),
         components=n,
     )
+
+
+def _plain(couplings: Sequence[Coupling], dtype: torch.dtype, device: torch.device) -> Monomials:
+    """All terms of all output irreps; an output without any keeps one of coefficient 0."""
+    widths = [sum(u.shape[-1] for u in coupling.tensors) for coupling in couplings]
+    terms: list[Monomial] = []
+    columns: list[Array] = []
+    segments: list[int] = []
+    for number, coupling in enumerate(couplings):
+        n = coupling.tensors[0].shape[1]
+        before, after = np.zeros(sum(widths[:number])), np.zeros(sum(widths[number + 1 :]))
+        for monomials in _monomials(coupling.tensors, n):
+            found = sorted(monomials.items()) or [((n, n, n), np.zeros(widths[number]))]
+            terms += [monomial for monomial, _ in found]
+            columns += [np.concatenate([before, c, after]) for _, c in found]
+            segments.append(len(found))
+    index = torch.tensor(terms, dtype=torch.int64, device=device)
+    factors = (index[:, 0].contiguous(), index[:, 1].contiguous(), index[:, 2].contiguous())
+    return Monomials(factors, torch.as_tensor(np.stack(columns, axis=1), dtype=dtype, device=device), segments)
 
 
 Pair = tuple[int, tuple[int, int]]

@@ -13,12 +13,23 @@ from torch import Tensor
 from bnn_driver.errors import ModelError
 from bnn_driver.potential.contract import Evaluation, Potential
 from bnn_driver.potential.graph import Graph, build_graph
+from bnn_driver.potential.planning import Plan, plan
 from bnn_driver.records import Array, Frames, Prediction
 
 logger = logging.getLogger(__name__)
 
 NOISE_PREFIX = "noise."
+GPU_SKIN = 0.5
+"""Å."""
 Noise = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Weights of some members, ready for evaluation."""
+
+    network: Mapping[str, Tensor]
+    head: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,21 +49,23 @@ class Ensemble:
         weights: Mapping[str, Tensor | Array],
         generation: int,
         noise: Noise | None,
-        member_chunk: int,
-        skin: float,
+        member_chunk: int | None = None,
+        skin: float | None = None,
     ) -> None:
         """Args: weights: name -> (M, ...), with the weights of the noise head under "noise.".
         noise: (features (M, B, A, F), noise weights) -> energy sd (M, B) eV and force sd (M, B, A) eV/Å; None: 0.
-        member_chunk: members evaluated together (1 is best on a CPU for all but tiny networks, M on a GPU).
-        skin: Å beyond the cutoff; a list serves until an atom has moved by half of it. 0: a list per call.
+        member_chunk: members evaluated together; None: as `planning.plan` finds.
+        skin: Å beyond the cutoff; a list serves until an atom has moved by half of it.  0: a list per call.  None: 0.5 on a GPU,
+            0 on a CPU, where a new list costs less than the edges that a skin adds.
         """
-        if member_chunk < 1 or skin < 0:
+        if (member_chunk is not None and member_chunk < 1) or (skin is not None and skin < 0):
             raise ModelError(f"member_chunk must be at least 1 and skin at least 0, but got {member_chunk} and {skin}")
         self.potential = potential
         self.noise = noise
-        self.skin = skin
+        self.skin = (GPU_SKIN if potential.device.type == "cuda" else 0.0) if skin is None else skin
         self.member_chunk = member_chunk
         self._listed: _Listed | None = None
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self.swap(weights, generation)
 
     def swap(self, weights: Mapping[str, Tensor | Array], generation: int) -> None:
@@ -61,18 +74,12 @@ class Ensemble:
         Raises: ModelError when a name is missing or unknown, or a shape is wrong.
         """
         tensors = {name: self._tensor(x) for name, x in weights.items()}
-        network = {name: x for name, x in tensors.items() if not name.startswith(NOISE_PREFIX)}
-        self.members = _check(network, self.potential.weights, generation)
-        chunks = []
-        for first in range(0, self.members, self.member_chunk):
-            rows = slice(first, first + self.member_chunk)
-            with torch.no_grad():
-                prepared = self.potential.prepare({name: x[rows] for name, x in network.items()})
-            head = {name: x[rows] for name, x in tensors.items() if name.startswith(NOISE_PREFIX)}
-            chunks.append((prepared, head))
-        self._chunks = chunks
+        self._network = {name: x for name, x in tensors.items() if not name.startswith(NOISE_PREFIX)}
+        self._head = {name: x for name, x in tensors.items() if name.startswith(NOISE_PREFIX)}
+        self.members = _check(self._network, self.potential.weights, generation)
+        self._prepared: dict[int, list[_Chunk]] = {}
         self.generation = generation
-        logger.info("generation %d: %d members in %d chunks", generation, self.members, len(chunks))
+        logger.info("generation %d: %d members", generation, self.members)
 
     def predict(self, frames: Frames) -> Prediction:
         """What every member says about every frame.
@@ -80,19 +87,57 @@ class Ensemble:
         Raises: ModelError when the frames have an element that the potential does not know.
         """
         graph = self._graph(frames)
+        split = self._plan(graph)
+        every = torch.arange(len(frames), device=self.potential.device)
+        whole = split.frames >= len(frames)
+        parts = [self._part(graph if whole else graph.take(rows), split.members) for rows in every.split(split.frames)]
+        names = ("energy", "forces", "virial", "energy_noise_sd", "force_noise_sd")
+        joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in names}
+        return Prediction(**joined, generation=self.generation)
+
+    def together(self, frames: Frames) -> int:
+        """Members that are evaluated at a time on these frames."""
+        return min(self.members, self._plan(self._graph(frames)).members)
+
+    def _part(self, graph: Graph, members: int) -> dict[str, Array]:
+        """Some frames, all members."""
         parts = []
-        for prepared, head in self._chunks:
-            evaluation = self.potential.evaluate(prepared, graph)
-            parts.append((evaluation, *self._noise_sd(evaluation, head)))
+        for chunk in self._chunks(members):
+            evaluation = self.potential.evaluate(chunk.network, graph)
+            parts.append((evaluation, *self._noise_sd(evaluation, chunk.head)))
         evaluations = [part[0] for part in parts]
-        return Prediction(
-            energy=_numpy([e.energy for e in evaluations]),
-            forces=_numpy([e.forces for e in evaluations]),
-            virial=_numpy([e.virial for e in evaluations]),
-            energy_noise_sd=_numpy([part[1] for part in parts]),
-            force_noise_sd=_numpy([part[2] for part in parts]),
-            generation=self.generation,
-        )
+        return {
+            "energy": _numpy([e.energy for e in evaluations]),
+            "forces": _numpy([e.forces for e in evaluations]),
+            "virial": _numpy([e.virial for e in evaluations]),
+            "energy_noise_sd": _numpy([part[1] for part in parts]),
+            "force_noise_sd": _numpy([part[2] for part in parts]),
+        }
+
+    def _chunks(self, size: int) -> list[_Chunk]:
+        """All members in groups, with what follows from their weights; kept until the next swap."""
+        if size not in self._prepared:
+            chunks = []
+            for first in range(0, self.members, size):
+                rows = slice(first, first + size)
+                with torch.no_grad():
+                    prepared = self.potential.prepare({name: x[rows] for name, x in self._network.items()})
+                chunks.append(_Chunk(prepared, {name: x[rows] for name, x in self._head.items()}))
+            self._prepared[size] = chunks
+        return self._prepared[size]
+
+    def _plan(self, graph: Graph) -> Plan:
+        """How the members and these frames are split; said when it is new."""
+        shape = (self.members, *graph.source.shape)
+        if shape not in self._plans:
+            per_frame = graph.source[0].numel() * self.potential.edge_width * self.potential.dtype.itemsize
+            found = plan(self.members, graph.lead[0], per_frame, self.potential.device)
+            if self.member_chunk is not None:
+                found = Plan(self.member_chunk, found.frames)
+            if found not in self._plans.values():
+                logger.info("evaluating %d members and %d frames at a time", found.members, found.frames)
+            self._plans[shape] = found
+        return self._plans[shape]
 
     def _noise_sd(self, evaluation: Evaluation, head: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         if self.noise is None:
@@ -110,7 +155,8 @@ class Ensemble:
         if self._listed is not None and _still_valid(self._listed.frames, frames, self.skin):
             return self._listed.graph.with_positions(torch.as_tensor(frames.positions))
         cutoff = self.potential.cutoff + self.skin
-        graph = build_graph(frames, cutoff, self.potential.dtype, self.potential.device)
+        rounded = self.potential.compiler.mode != "off"
+        graph = build_graph(frames, cutoff, self.potential.dtype, self.potential.device, rounded=rounded)
         self._listed = _Listed(frames, graph)
         return graph
 

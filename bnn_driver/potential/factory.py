@@ -12,6 +12,7 @@ from torch import nn
 
 from bnn_driver.errors import ModelError
 from bnn_driver.potential.architecture import UnsupportedModel
+from bnn_driver.potential.compiling import Compiler, Mode
 from bnn_driver.potential.graph import build_graph
 from bnn_driver.potential.modules import ModulesPotential
 from bnn_driver.potential.params import repeat_weights
@@ -32,11 +33,13 @@ def make_potential(
     path: Literal["auto", "stacked", "modules"] = "auto",
     head: int = 0,
     check: Frames | None = None,
+    compile: Mode = "off",
 ) -> StackedPotential | ModulesPotential:
     """A potential for the elements in `numbers`.
 
     Args: path: "auto" takes the fast path when it covers the model and agrees with MACE's own code on `check`.
         head: index of the head.   check: frames for the comparison; a random cluster when not given.
+        compile: whether the fast path is compiled, see `compiling.Compiler`.
     Raises: ModelError when an element is unknown, or "stacked" was asked for and cannot be had.
     """
     device = torch.device(device)
@@ -49,6 +52,7 @@ def make_potential(
         stacked = StackedPotential(module, elements, head, dtype, device)
         error = disagreement(stacked, reference, check or random_cluster(numbers))
         if error <= TOLERANCE[dtype]:
+            stacked.compiler = Compiler(compile)
             return _announced(stacked)
         why = f"the fast path differs from MACE by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
         logger.warning("%s; MACE's own code is used. Please report the model.", why)

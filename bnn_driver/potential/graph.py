@@ -8,7 +8,7 @@ Both directions of a bond have the same length; `half` lists one slot of every b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -54,6 +54,17 @@ class Graph:
         changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in values.items()}
         return replace(self, **changed)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything but the atomic numbers."""
+        values = (getattr(self, f.name) for f in fields(self) if f.name != "numbers")
+        return [x for x in values if x is not None]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Graph:
+        """The same atoms with other tensors, in the order of `tensors()`."""
+        names = [f.name for f in fields(self) if f.name != "numbers" and getattr(self, f.name) is not None]
+        changed: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        return replace(self, **changed)
+
     def take(self, index: Tensor) -> Graph:
         """Some frames of a (B,)-graph.  Args: index: (b,) or (M, b) int64.  Returns: a graph with those leading axes."""
         if len(self.lead) != 1:
@@ -89,10 +100,18 @@ class _Edges:
     bond: Array
 
 
-def build_graph(frames: Frames, cutoff: float, dtype: torch.dtype, device: torch.device, capacity: int | None = None) -> Graph:
+def build_graph(
+    frames: Frames,
+    cutoff: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    capacity: int | None = None,
+    rounded: bool = False,
+) -> Graph:
     """Neighbours closer than the cutoff; of small periodic cells every image.
 
-    Args: cutoff: Å.   capacity: smallest number of slots K per atom, for shapes that stay the same.
+    Args: cutoff: Å.   capacity: smallest number of slots K per atom.   rounded: make K and the number of bonds one of few
+        numbers, so that most lists of a run have the same shapes.
     Raises: GuardStop when a position is not finite.
     """
     if not np.isfinite(frames.positions).all():
@@ -100,7 +119,7 @@ def build_graph(frames: Frames, cutoff: float, dtype: torch.dtype, device: torch
         raise GuardStop(f"frame {frame} has positions that are not finite: the simulation has blown up; look at its time step")
     small = len(frames.numbers) <= _ALL_PAIRS_ATOMS
     edges = _molecule_edges(frames, cutoff) if small and not frames.periodic else _listed_edges(frames, cutoff)
-    arrays = _padded(edges, frames, cutoff, capacity or 1)
+    arrays = _padded(edges, frames, cutoff, capacity or 1, rounded_up if rounded else int)
 
     def tensor(x: Array) -> Tensor:
         return torch.as_tensor(x, device=device, dtype=dtype if x.dtype == np.float64 else None)
@@ -156,12 +175,18 @@ def _bonds(receiver: Array, source: Array, images: Array, atoms: int) -> Array:
     return np.unique(key, return_inverse=True)[1]
 
 
-def _padded(edges: _Edges, frames: Frames, cutoff: float, capacity: int) -> dict[str, Array]:
+def rounded_up(n: int) -> int:
+    """The next of 1, 2, ..., 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: at most a quarter more."""
+    step = 1 << max(0, (n - 1).bit_length() - 3)
+    return -(-n // step) * step
+
+
+def _padded(edges: _Edges, frames: Frames, cutoff: float, capacity: int, size: Callable[[int], int]) -> dict[str, Array]:
     """Edges as (B, A, K) slots and (B, P) bonds."""
     b, a = frames.positions.shape[:2]
     node = edges.frame * a + edges.receiver
     degree = np.bincount(node, minlength=b * a)
-    k = max(capacity, int(degree.max(initial=1)))
+    k = size(max(capacity, int(degree.max(initial=1))))
     place = np.arange(len(node)) - (np.cumsum(degree) - degree)[node]
     slot = node * k + place
     bonds = 1 + int(edges.bond.max(initial=-1))
@@ -173,7 +198,7 @@ def _padded(edges: _Edges, frames: Frames, cutoff: float, capacity: int) -> dict
     source[slot], shift[slot], mask[slot], pair[slot] = edges.source, edges.shift, True, edges.bond
     # bonds that a frame lacks, and the last one, stand for its unused slots (slot 0 where it has none: never read)
     free = np.argmin(mask.reshape(b, a * k), axis=1)
-    half = np.repeat(free[:, None], bonds + 1, axis=1)
+    half = np.repeat(free[:, None], size(bonds + 1), axis=1)
     half[edges.frame, edges.bond] = slot - edges.frame * (a * k)
     return {
         "source": source.reshape(b, a, k),

@@ -50,14 +50,12 @@ def _block(weight: Tensor, start: int, size: int) -> Tensor:
 def by_element(x: Tensor, w: Tensor, slices: Slices, width: int) -> Tensor:
     """Each element's own linear map.
 
-    Args: x: (M, N·width, in), nodes sorted by element.   w: (M, elements, in, out).   Returns: (M, out, N·width).
+    Args: x: (M, N·width, in), nodes sorted by element.   w: (M, elements, in, out).   Returns: (M, N·width, out).
     """
     of_element = w.unbind(1)
     nodes = x.split([(b - a) * width for _, a, b in slices], dim=1)
-    parts = [
-        torch.bmm(of_element[e].transpose(1, 2), part.transpose(1, 2)) for (e, _, _), part in zip(slices, nodes, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    parts = [torch.bmm(part, of_element[e]) for (e, _, _), part in zip(slices, nodes, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def convolve(layer: Layer, w: Tensor, sources: Sequence[Tensor | None], y: Tensor) -> dict[int, Tensor]:
@@ -89,7 +87,7 @@ def convolve(layer: Layer, w: Tensor, sources: Sequence[Tensor | None], y: Tenso
 
 
 def mix(layer: Layer, weights: Mapping[str, Tensor], mid: Mapping[int, Tensor], m: int, slices: Slices) -> list[Tensor | None]:
-    """Messages mixed over paths and channels, per contracted block: (M, C, N·(2l+1)); None where nothing arrives."""
+    """Messages mixed over paths and channels, per contracted block: (M, N·(2l+1), C); None where nothing arrives."""
     scale = {path.target: path.scale for path in layer.paths}
     out: list[Tensor | None] = []
     for number, (degree, part) in enumerate(zip(layer.degrees, layer.mid.parts, strict=True)):
@@ -105,7 +103,7 @@ def mix(layer: Layer, weights: Mapping[str, Tensor], mid: Mapping[int, Tensor], 
         else:
             w = w * torch.tensor(factors, dtype=w.dtype, device=w.device).repeat_interleave(layer.channels).view(1, -1, 1)
         if layer.residual:
-            out.append(torch.bmm(w.transpose(1, 2), x.transpose(1, 2)))
+            out.append(torch.bmm(x, w))
         else:
             element = next(p for p in layer.skip.parts if p.source == number)
             own = torch.matmul(w.unsqueeze(1), element_matrix(weights[layer.skip.weight], element))
@@ -114,26 +112,26 @@ def mix(layer: Layer, weights: Mapping[str, Tensor], mid: Mapping[int, Tensor], 
 
 
 def product(layer: Layer, weights: Mapping[str, Tensor], contracted: Tensor, skip: Mapping[int, Tensor]) -> list[Tensor]:
-    """Node features after the product: per block (M, C, (2l+1)·N).  Args: contracted: (M, C, R, N)."""
-    m, c, _, nodes = contracted.shape
+    """Node features after the product: per block (M, N, 2l+1, C).  Args: contracted: (M, N, R, C)."""
+    m, nodes, _, c = contracted.shape
     blocks = contracted.split([2 * degree + 1 for degree in layer.hidden], dim=2)
     out = []
     for j, (degree, part) in enumerate(zip(layer.hidden, layer.product.parts, strict=True)):
         if part is None:
-            block = contracted.new_zeros(m, c, nodes * (2 * degree + 1))
+            block = contracted.new_zeros(m, nodes, 2 * degree + 1, c)
         else:
-            x = blocks[part.inputs[0]].reshape(m, c, -1)
-            block = torch.bmm(matrix(weights[layer.product.weight], part).transpose(1, 2), x)
+            x = blocks[part.inputs[0]].reshape(m, -1, c)
+            block = torch.bmm(x, matrix(weights[layer.product.weight], part)).view(m, nodes, 2 * degree + 1, -1)
         out.append(block + skip[j] if j in skip else block)
     return out
 
 
 def read(readout: Readout, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Energy per node (M, N).  Args: x: (M, C, N) scalars."""
-    m, c, n = x.shape
+    """Energy per node (M, N).  Args: x: (M, N, C) scalars."""
+    m, n, c = x.shape
     first = weights[readout.first].view(m, c, -1) * readout.scale
-    h = torch.bmm(first.transpose(1, 2), x)
+    h = torch.bmm(x, first)
     if readout.second is None:
         return h.view(m, n)
     second = weights[readout.second].view(m, -1, 1) * (readout.second_scale * readout.gain)
-    return torch.bmm(second.transpose(1, 2), torch.nn.functional.silu(h)).view(m, n)
+    return torch.bmm(torch.nn.functional.silu(h), second).view(m, n)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnn_driver.potential.compiling import Compiler
 from bnn_driver.potential.contract import Evaluation
 from bnn_driver.potential.graph import Graph
 from bnn_driver.potential.pruning import SampledWeights
@@ -27,6 +28,7 @@ class ModulesPotential:
         why: str,
     ) -> None:
         """Args: module: in `dtype` on `device`; its parameters are not changed.   why: reason for this path, for the log."""
+        self.compiler = Compiler("off")
         self.module = module
         self.head = head
         self.elements = elements
@@ -38,6 +40,7 @@ class ModulesPotential:
         self.never_sampled = self.sampled.never_sampled
         self.path = f"modules: MACE's own code, one member after the other ({why})"
         self._columns = _invariant_columns(module, device)
+        self.edge_width = 1  # one member at a time in any case
         self.n_features = len(self._columns)
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)

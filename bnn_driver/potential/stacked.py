@@ -1,7 +1,7 @@
 """MACE for M members at once, in plain tensor operations: the same numbers as MACE's own modules, many times faster.
 
-Layout: nodes are (atom, frame) with atoms sorted by element, N = A·B; node features [M, C, 2l+1, N] per block, messages
-[M, N, 2l+1, C].  Three choices make it fast:
+Layout: nodes are (atom, frame) with atoms sorted by element, N = A·B; node features and messages [M, N, 2l+1, C].
+Three choices make it fast:
 - the radial networks run once per bond, not per direction, on value and derivative dw/dr together (forward mode), and the
   harmonics come with their derivatives, so that reverse mode never enters the geometry: with gY = ∂E/∂Y and gw = ∂E/∂w
   the force on an edge is gY·dY/dr + (gw·dw/dr) r/|r|, and the second derivative of training is one reverse pass;
@@ -18,22 +18,35 @@ import torch
 from torch import Tensor
 
 from bnn_driver.potential.architecture import Architecture, Layer, read_architecture
-from bnn_driver.potential.arrangement import Arranged, arrange, edge_sums, rows
+from bnn_driver.potential.arrangement import Arranged, Sorting, arrange, edge_sums, rows, sort_atoms
+from bnn_driver.potential.compiling import Compiler
 from bnn_driver.potential.contract import Evaluation
 from bnn_driver.potential.geometry import envelope
 from bnn_driver.potential.graph import Graph
 from bnn_driver.potential.layers import by_element, convolve, element_matrix, forward_mode, matrix, mix, product, read
 from bnn_driver.potential.pruning import SampledWeights
 
-_PREPARED = "prepared."
+_PREPARED = "pairs."
+_COEFFICIENTS = "monomials."
+_FEW_NODES = 64
+"""Nodes up to which a compiled contraction goes term by term."""
 Weights = Mapping[str, Tensor]
 
 
 class StackedPotential:
     """The fast path; see `Potential` for the contract."""
 
-    def __init__(self, module: Any, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: Any,
+        elements: tuple[int, ...],
+        head: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        compiler: Compiler | None = None,
+    ) -> None:
         """Raises: UnsupportedModel when a part of the model is not covered."""
+        self.compiler = compiler or Compiler("off")
         self.module = module
         self.head = head
         self.elements = elements
@@ -45,22 +58,47 @@ class StackedPotential:
         self.never_sampled = self.sampled.never_sampled
         self.path = "stacked: all members at once"
         self.tables: Architecture = read_architecture(module, self.sampled, head, dtype, device)
+        self.edge_width = max(len(layer.paths) * layer.channels for layer in self.tables.layers)
         self.n_features = sum(_width(layer, self.weights) for layer in self.tables.layers[-2:])
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)[self.sampled.element_index]
         self._z = torch.tensor(elements, device=device)
+        self._sorted: Sorting | None = None
 
     def prepare(self, weights: Weights) -> Weights:
         """Weights with the contraction's pair weights, which depend on them alone."""
         out = dict(weights)
         for t, layer in enumerate(self.tables.layers):
-            out[f"{_PREPARED}{t}"] = self._pair_weights(layer, weights)
+            groups = self._contraction_weights(layer, weights)
+            out[f"{_PREPARED}{t}"] = layer.contraction.pair_weights(groups)
+            if self.compiler.mode != "off":
+                out[f"{_COEFFICIENTS}{t}"] = layer.contraction.plain.coefficients(groups)
         return out
 
     def evaluate(self, weights: Weights, graph: Graph, *, create_graph: bool = False) -> Evaluation:
         """See `Potential.evaluate`."""
+        atoms = self._sorting(graph.numbers)
+        if create_graph or self.compiler.mode == "off":
+            return self._evaluate(weights, arrange(graph, atoms), create_graph)
+        names, fixed = tuple(weights), len(graph.tensors())
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            g = arrange(graph.with_tensors(tensors[:fixed]), atoms)
+            e = self._evaluate(dict(zip(names, tensors[fixed:], strict=True)), g, create_graph=False, compiled=True)
+            return e.energy, e.forces, e.virial, e.features
+
+        tensors = [*graph.tensors(), *weights.values()]
+        key = (atoms.key, graph.source.shape, graph.half.shape, graph.cell is None, tensors[-1].shape)
+        return Evaluation(*self.compiler("evaluation", key, function, tensors))
+
+    def _sorting(self, numbers: Tensor) -> Sorting:
+        """Kept for the last atoms seen: every graph of one run brings the same tensor."""
+        if self._sorted is None or self._sorted.numbers is not numbers:
+            self._sorted = sort_atoms(numbers, self._z)
+        return self._sorted
+
+    def _evaluate(self, weights: Weights, g: Arranged, create_graph: bool, compiled: bool = False) -> Evaluation:
         members = len(next(iter(weights.values())))
-        g = arrange(graph, self._z)
         with torch.no_grad():
             length, harmonics, slopes, basis = self._geometry(g)
         unit = g.vectors / length.unsqueeze(-1)
@@ -69,7 +107,7 @@ class StackedPotential:
         with torch.enable_grad():
             leaves = [r[0] if create_graph else r[0].requires_grad_(True) for r in radial]
             y = harmonics.expand(members, *harmonics.shape[1:]).clone().requires_grad_(True)
-            node_energy, features = self._network(weights, y, leaves, g)
+            node_energy, features = self._network(weights, y, leaves, g, compiled)
             grads = torch.autograd.grad(node_energy.sum(), [y, *leaves], create_graph=create_graph)
         with torch.set_grad_enabled(create_graph):
             slope = torch.stack([(gw * dw).sum(dim=-1) for gw, (_, dw) in zip(grads[1:], radial, strict=True)]).sum(dim=0)
@@ -107,7 +145,7 @@ class StackedPotential:
 
     # ---- network
 
-    def _network(self, weights: Weights, y: Tensor, radial: list[Tensor], g: Arranged) -> tuple[Tensor, Tensor]:
+    def _network(self, weights: Weights, y: Tensor, radial: list[Tensor], g: Arranged, compiled: bool) -> tuple[Tensor, Tensor]:
         """Interaction energy of each node (M, N) and features (M, N, F)."""
         m, n = len(y), g.kind.numel()
         embedding = weights["node_embedding.linear.weight"].view(m, len(self.elements), -1) * self.tables.embedding_scale
@@ -116,15 +154,13 @@ class StackedPotential:
         scalars = []
         for t, layer in enumerate(self.tables.layers):
             message = self._messages(layer, weights, embedding if t == 0 else None, blocks, y, radial[t], g)
-            prepared = weights.get(f"{_PREPARED}{t}")
-            pair_weights = self._pair_weights(layer, weights) if prepared is None else prepared
-            contracted = layer.contraction(message, pair_weights, g.slices)
+            contracted = self._contract(t, weights, message, g, compiled)
             skip = self._skip(layer, weights, embedding if t == 0 else None, blocks, g)
             blocks = product(layer, weights, contracted, skip)
-            scalars.append(blocks[layer.scalar])
+            scalars.append(blocks[layer.scalar].flatten(2))
         for readout in self.tables.readouts:
             energy = energy + read(readout, weights, scalars[readout.layer])
-        features = torch.cat(scalars[-2:], dim=1).transpose(1, 2)
+        features = torch.cat(scalars[-2:], dim=2)
         return energy * self.tables.scale + self.tables.shift, features
 
     def _messages(
@@ -137,7 +173,7 @@ class StackedPotential:
         radial: Tensor,
         g: Arranged,
     ) -> Tensor:
-        """Summed, mixed messages with a constant 1 behind: (M, C, n + 1, N)."""
+        """Summed, mixed messages with a constant 1 behind: (M, N, n + 1, C)."""
         m, n, k = len(y), g.kind.numel(), g.shape[2]
         w = rows(radial, g.pair)  # (M, E, paths·C [+ 1])
         sources = self._sources(layer, weights, embedding, blocks, g)
@@ -149,9 +185,9 @@ class StackedPotential:
         out = []
         for degree, x in zip(layer.degrees, mixed, strict=True):
             d = 2 * degree + 1
-            block = y.new_zeros(m, layer.mixed, d, n) if x is None else x.view(m, -1, n, d).transpose(2, 3)
-            out.append(block if density is None else block / density[:, None, None, :])
-        out.append(y.new_ones(1, 1, 1, 1).expand(m, out[0].shape[1], 1, n))
+            block = y.new_zeros(m, n, d, layer.mixed) if x is None else x.view(m, n, d, -1)
+            out.append(block if density is None else block / density[:, :, None, None])
+        out.append(y.new_ones(1, 1, 1, 1).expand(m, n, 1, out[0].shape[3]))
         return torch.cat(out, dim=2)
 
     def _sources(
@@ -168,34 +204,41 @@ class StackedPotential:
                 out.append(None)
                 continue
             (i,) = part.inputs
-            m, n = len(blocks[i]), g.kind.numel()
-            up = torch.bmm(blocks[i].transpose(1, 2), matrix(weights[layer.up.weight], part))
-            d = up.shape[1] // n
-            per_node = up.view(m, d, n, -1).transpose(1, 2).reshape(m, n, -1)
-            out.append(rows(per_node, g.source).view(m, -1, d, part.columns))
+            m, n, d, c = blocks[i].shape
+            up = torch.bmm(blocks[i].view(m, n * d, c), matrix(weights[layer.up.weight], part))
+            out.append(rows(up.view(m, n, -1), g.source).view(m, -1, d, part.columns))
         return out
 
     def _skip(
         self, layer: Layer, weights: Weights, embedding: Tensor | None, blocks: list[Tensor], g: Arranged
     ) -> dict[int, Tensor]:
-        """Skip connection: target block -> (M, C, N·(2l+1))."""
+        """Skip connection: target block -> (M, N, 2l+1, C)."""
         if not (layer.residual and layer.use_skip):
             return {}
         out = {}
         for part in layer.skip.parts:
             w = element_matrix(weights[layer.skip.weight], part)  # (M, elements, in, out)
             if embedding is not None:
-                per_element = torch.matmul(embedding.unsqueeze(2), w)[:, :, 0]
-                out[part.target] = per_element.index_select(1, g.kind).transpose(1, 2)
+                per_element = torch.matmul(embedding.unsqueeze(2), w)
+                out[part.target] = per_element.index_select(1, g.kind)
             else:
-                n = g.kind.numel()
-                x = blocks[part.source].unflatten(2, (-1, n))  # (M, C, 2l+1, N)
-                d = x.shape[2]
-                mapped = by_element(x.permute(0, 3, 2, 1).flatten(1, 2), w, g.slices, d)
-                out[part.target] = mapped.unflatten(2, (n, d)).transpose(2, 3).flatten(2)
+                m, n, d, c = blocks[part.source].shape
+                mapped = by_element(blocks[part.source].reshape(m, n * d, c), w, g.slices, d)
+                out[part.target] = mapped.view(m, n, d, -1)
         return out
 
-    def _pair_weights(self, layer: Layer, weights: Weights) -> Tensor:
+    def _contract(self, t: int, weights: Weights, message: Tensor, g: Arranged, compiled: bool) -> Tensor:
+        """Contracted messages (M, N, R, C), in the form that is fastest for so many nodes."""
+        layer = self.tables.layers[t]
+        plain = compiled and g.kind.numel() <= _FEW_NODES
+        prepared = weights.get(f"{_COEFFICIENTS if plain else _PREPARED}{t}")
+        contraction, groups = layer.contraction, self._contraction_weights(layer, weights)
+        if plain:
+            return contraction.plain(message, contraction.plain.coefficients(groups) if prepared is None else prepared, g.slices)
+        return contraction(message, contraction.pair_weights(groups) if prepared is None else prepared, g.slices)
+
+    def _contraction_weights(self, layer: Layer, weights: Weights) -> list[list[Tensor]]:
+        """Per output irrep and ν: (M, E, k_ν, C)."""
         groups = []
         for coupling in layer.contraction.couplings:
             group = []
@@ -203,7 +246,7 @@ class StackedPotential:
                 w = weights[name]
                 group.append(w.view(len(w), len(self.elements), u.shape[-1], -1))
             groups.append(group)
-        return layer.contraction.pair_weights(groups)
+        return groups
 
     # ---- energies
 

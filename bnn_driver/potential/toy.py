@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bnn_driver.potential.compiling import Compiler
 from bnn_driver.potential.contract import Evaluation
 from bnn_driver.potential.edges import edge_forces, edge_virial
 from bnn_driver.potential.graph import Graph
@@ -39,7 +40,9 @@ class ToyPotential:
         self.dtype = dtype
         self.device = torch.device(device)
         self.path = "toy: pair potential for tests"
+        self.compiler = Compiler("off")
         self.never_sampled: tuple[str, ...] = ()
+        self.edge_width = _CENTRES
         self.n_features = 2 * _CENTRES
         self.weights = _initial(self.elements, generator or torch.Generator().manual_seed(0), dtype, self.device)
         pairs = list(itertools.combinations_with_replacement(range(len(self.elements)), 2))

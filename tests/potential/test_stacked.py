@@ -63,6 +63,25 @@ def test_fast_path_equals_maces_modules(name: str, frames: Frames) -> None:
         assert (x - y).abs().max() <= 1e-10 * max(1.0, float(y.abs().max())), field
 
 
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_both_forms_of_the_contraction_are_the_same_polynomial(name: str) -> None:
+    """Pairs, and monomials term by term (used compiled, for few nodes)."""
+    module = random_mace(**VARIANTS[name])
+    potential, _ = both(module, [1, 6, 8], head=int("heads" in name))
+    weights = potential.prepare(members(potential.weights, 2))
+    generator = torch.Generator().manual_seed(3)
+    slices = ((0, 0, 2), (2, 2, 7))
+    for layer in potential.tables.layers:
+        contraction = layer.contraction
+        groups = potential._contraction_weights(layer, weights)
+        x = torch.randn(2, 7, contraction.components + 1, layer.mixed, dtype=torch.float64, generator=generator)
+        x[:, :, -1] = 1.0
+        a = contraction(x, contraction.pair_weights(groups), slices)
+        b = contraction.plain(x, contraction.plain.coefficients(groups), slices)
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 1e-12 * float(a.abs().max())
+
+
 @pytest.mark.parametrize(
     "name", ["residual", "first layer without skip", "lmax 2, correlation 3", "density", "second of two heads"]
 )
