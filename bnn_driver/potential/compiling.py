@@ -45,6 +45,8 @@ class Compiler:
         """Args: patience: s, see `PATIENCE`."""
         self.mode = mode
         self.patience = patience
+        self.tracing = False
+        """True while a function is read for compiling: what compiles best is not what runs best."""
         self._shapes: dict[Hashable, _Shape] = {}
         self._unavailable = False
 
@@ -76,14 +78,18 @@ class Compiler:
         shape.spent += time.perf_counter() - begin
         if self.mode == "auto" and shape.spent < self.patience:
             return out
+        logger.info("%s: compiling for these shapes, once; it takes minutes on a CPU", what)
         begin = time.perf_counter()
         try:
+            self.tracing = True
             shape.compiled = compile_function(function, tensors)
             self._checked(what, shape, out, tensors)
         except Exception as error:  # whatever a compiler raises: the eager way still stands
             self._unavailable = True
             logger.warning("%s cannot be compiled (%s: %.300s); it goes on as it was", what, type(error).__name__, error)
             return out
+        finally:
+            self.tracing = False
         logger.info("%s: compiled in %.0f s", what, time.perf_counter() - begin)
         return out
 

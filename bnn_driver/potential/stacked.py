@@ -84,7 +84,7 @@ class StackedPotential:
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             g = arrange(graph.with_tensors(tensors[:fixed]), atoms)
-            e = self._evaluate(dict(zip(names, tensors[fixed:], strict=True)), g, create_graph=False, compiled=True)
+            e = self._evaluate(dict(zip(names, tensors[fixed:], strict=True)), g, create_graph=False)
             return e.energy, e.forces, e.virial, e.features
 
         tensors = [*graph.tensors(), *weights.values()]
@@ -97,7 +97,7 @@ class StackedPotential:
             self._sorted = sort_atoms(numbers, self._z)
         return self._sorted
 
-    def _evaluate(self, weights: Weights, g: Arranged, create_graph: bool, compiled: bool = False) -> Evaluation:
+    def _evaluate(self, weights: Weights, g: Arranged, create_graph: bool) -> Evaluation:
         members = len(next(iter(weights.values())))
         with torch.no_grad():
             length, harmonics, slopes, basis = self._geometry(g)
@@ -107,7 +107,7 @@ class StackedPotential:
         with torch.enable_grad():
             leaves = [r[0] if create_graph else r[0].requires_grad_(True) for r in radial]
             y = harmonics.expand(members, *harmonics.shape[1:]).clone().requires_grad_(True)
-            node_energy, features = self._network(weights, y, leaves, g, compiled)
+            node_energy, features = self._network(weights, y, leaves, g)
             grads = torch.autograd.grad(node_energy.sum(), [y, *leaves], create_graph=create_graph)
         with torch.set_grad_enabled(create_graph):
             slope = torch.stack([(gw * dw).sum(dim=-1) for gw, (_, dw) in zip(grads[1:], radial, strict=True)]).sum(dim=0)
@@ -145,7 +145,7 @@ class StackedPotential:
 
     # ---- network
 
-    def _network(self, weights: Weights, y: Tensor, radial: list[Tensor], g: Arranged, compiled: bool) -> tuple[Tensor, Tensor]:
+    def _network(self, weights: Weights, y: Tensor, radial: list[Tensor], g: Arranged) -> tuple[Tensor, Tensor]:
         """Interaction energy of each node (M, N) and features (M, N, F)."""
         m, n = len(y), g.kind.numel()
         embedding = weights["node_embedding.linear.weight"].view(m, len(self.elements), -1) * self.tables.embedding_scale
@@ -154,7 +154,7 @@ class StackedPotential:
         scalars = []
         for t, layer in enumerate(self.tables.layers):
             message = self._messages(layer, weights, embedding if t == 0 else None, blocks, y, radial[t], g)
-            contracted = self._contract(t, weights, message, g, compiled)
+            contracted = self._contract(t, weights, message, g)
             skip = self._skip(layer, weights, embedding if t == 0 else None, blocks, g)
             blocks = product(layer, weights, contracted, skip)
             scalars.append(blocks[layer.scalar].flatten(2))
@@ -227,10 +227,10 @@ class StackedPotential:
                 out[part.target] = mapped.view(m, n, d, -1)
         return out
 
-    def _contract(self, t: int, weights: Weights, message: Tensor, g: Arranged, compiled: bool) -> Tensor:
+    def _contract(self, t: int, weights: Weights, message: Tensor, g: Arranged) -> Tensor:
         """Contracted messages (M, N, R, C), in the form that is fastest for so many nodes."""
         layer = self.tables.layers[t]
-        plain = compiled and g.kind.numel() <= _FEW_NODES
+        plain = self.compiler.tracing and g.kind.numel() <= _FEW_NODES
         prepared = weights.get(f"{_COEFFICIENTS if plain else _PREPARED}{t}")
         contraction, groups = layer.contraction, self._contraction_weights(layer, weights)
         if plain:
