@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import clusters
+import correct
 import generate
 import numpy as np
 import torch
+import train
 from ase import Atoms, units
 from ase.build import molecule
 from ase.calculators.calculator import Calculator
@@ -23,8 +25,10 @@ from ase.io import read
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
+from fast import ScalarMACE
 from mace.calculators import MACECalculator
 
+STRAYED = 1.8  # Å of a hydrogen from its nearest oxygen: it is lost
 KCAL = units.kcal / units.mol
 BEGIN, END = "<!-- measured: written by examples/foundation/evaluate.py -->", "<!-- end of measured -->"
 WHAT = {
@@ -83,10 +87,10 @@ def table(work: Path, calculator: Calculator) -> Iterator[str]:
 
 def counts(work: Path) -> Iterator[str]:
     """How many frames there are, by group."""
-    frames = [x for name in ("train", "valid", "test") for x in read(work / f"{name}.xyz", ":")]
+    frames = [*train.structures_in(work), *(x for name in ("valid", "test") for x in read(work / f"{name}.xyz", ":"))]
     yield "| group | train | valid | test_frame | held_out |"
     yield "|---|---|---|---|---|"
-    for group in ("molecules", "g2", "pairs", "water", "protonated"):
+    for group in ("molecules", "g2", "pairs", "water", "protonated", "correction"):
         splits = [x.info["split"] for x in frames if x.info["group"] == group]
         yield f"| {group} | " + " | ".join(str(splits.count(s)) for s in ("train", "valid", "test_frame", "held_out")) + " |"
 
@@ -140,6 +144,38 @@ def dynamics(calculator: Calculator) -> Iterator[str]:
         yield stability(name, start, calculator, temperature, steps)
 
 
+def ensembles(model: Path, number: int = 16, steps: int = 2000) -> Iterator[str]:
+    """Langevin dynamics at 300 K of many protonated clusters, packed for this alone: how many broke, and GFN2-xTB's verdict on the ends."""
+    rng = generate.generator("ensembles")
+    drawn = [(n, clusters.packed(clusters.turned(clusters.HYDRONIUM, rng), n - 1, rng)) for n in (2, 3, 4) for _ in range(number)]
+    starts = [correct.Start(f"H+(H2O){n}", 1, 300.0, generate.relax(x, 1)) for n, x in drawn]
+    potential = ScalarMACE(train.continued(model, dict.fromkeys(train.ELEMENTS, 0.0)))  # forces need no atoms' energies
+    walkers = correct.Walkers(starts, potential, rng)
+    broke, farthest, heat = np.zeros(len(starts), dtype=bool), np.zeros(len(starts)), []
+    for _ in range(steps):
+        walkers.step()
+        broke |= walkers.broken()
+        farthest = np.maximum(farthest, [stray(walkers.present(k)[0]) for k in range(len(starts))])
+        heat.append((walkers.masses * walkers.velocities**2).sum(1) / (3 * units.kB))
+    mean = np.add.reduceat(np.mean(heat[steps // 4 :], axis=0), walkers.edges[:-1]) / np.diff(walkers.edges)
+    errors = np.array([correct.compared(*walkers.present(k), 1)[1] for k in range(len(starts))])
+    yield "| cluster, 300 K | runs x ps | lost | mean T K of the others | farthest H from an O Å: median | largest | final force error eV/Å |"
+    yield "|---|---|---|---|---|---|---|"
+    for name in dict.fromkeys(s.name for s in starts):
+        of = np.array([s.name == name for s in starts])
+        good = of & ~broke & (farthest < STRAYED)
+        yield (
+            f"| {name} | {number} x {0.5e-3 * steps:.1f} | {of.sum() - good.sum()} | {mean[good].mean():.0f} "
+            f"| {np.median(farthest[of]):.2f} | {farthest[of].max():.2f} | {np.median(errors[of]):.2f} |"
+        )
+
+
+def stray(atoms: Atoms) -> float:
+    """The largest distance (Å) of a hydrogen from its nearest oxygen."""
+    oxygen, hydrogen = atoms.positions[atoms.numbers == 8], atoms.positions[atoms.numbers == 1]
+    return np.linalg.norm(hydrogen[:, None] - oxygen[None], axis=-1).min(axis=1).max()
+
+
 def against_rmd17(path: Path, calculator: Calculator) -> Iterator[str]:
     """Errors of the model and of GFN2-xTB itself against PBE on the first 200 frames of rMD17 ethanol."""
     frames = read(path, ":200")
@@ -182,7 +218,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     calculator = MACECalculator(model_paths=str(args.model), device="cpu", default_dtype="float64")
-    lines = [*counts(args.work), "", *table(args.work, calculator), "", *dynamics(calculator)]
+    lines = [*counts(args.work), "", *table(args.work, calculator), "", *dynamics(calculator), "", *ensembles(args.model)]
     if args.rmd17:
         lines += ["", *against_rmd17(args.rmd17, calculator)]
     print("\n".join(lines))

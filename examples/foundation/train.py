@@ -1,8 +1,9 @@
 """Trains the embedded model on one core and writes it in double precision.
 
-    python train.py --work WORK --epochs 60 --model embedded.model
+    python train.py --work WORK --epochs 24 --model embedded.model
 
-Reads WORK/{train,valid}.xyz; after each epoch it writes WORK/checkpoint.pt and, when better on valid.xyz than before, WORK/best.pt.
+Reads WORK/{train,valid}.xyz and the WORK/correction_*.xyz of correct.py, if any; after each epoch it writes
+WORK/embedded.checkpoint.pt (named after the model) and, when better on valid.xyz than before, WORK/embedded.best.pt.
 Interrupted, the same command goes on from there.  The module is mace's own; only its energy is evaluated by fast.py, which
 makes a step several times cheaper than in mace_run_train.
 """
@@ -13,7 +14,8 @@ import argparse
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import cos, pi
 from pathlib import Path
 
 import mace.modules as mace  # before e3nn, whose constants it makes loadable
@@ -31,8 +33,9 @@ ELEMENTS = (1, 6, 7, 8)
 CUTOFF = 4.5  # Å
 CHANNELS = 48
 SEED = 7
-BATCH = 8
-FIRST_RATE, LAST_RATE, WARM_UP = 0.01, 1e-4, 300  # geometric fall from the first to the last, after WARM_UP steps of rise
+BATCH = 16
+FIRST_RATE, LAST_RATE, WARM_UP = 0.01, 1e-5, 300  # half a cosine from the first to the last, after WARM_UP steps of rise
+REPEATS = {"protonated": 2, "water": 2}  # times per epoch that a frame of a group is seen, else once
 ENERGY_WEIGHT, FORCE_WEIGHT = 100.0, 10.0  # on |ΔE|/atom (eV) and |ΔF| of an atom (eV/Å)
 ENERGY_TURN, FORCE_TURN = 0.1, 1.0  # eV/atom and eV/Å: errors above them count by their square
 AVERAGE = 0.999  # exponential moving average of the weights
@@ -57,25 +60,29 @@ class Frame:
     """(A, 3) eV/Å."""
 
 
-def frames_in(path: Path) -> tuple[list[Frame], dict[int, float]]:
-    """Frames of a file, and the energies (eV) of the single atoms among them by atomic number."""
-    structures = read(path, ":")
-    single = {int(x.numbers[0]): float(x.info["REF_energy"]) for x in structures if len(x) == 1}
-    return [frame_of(x) for x in structures if len(x) > 1], single
+def structures_in(work: Path) -> list[Atoms]:
+    """All training structures: those of generate.py and those of correct.py."""
+    return [x for path in (work / "train.xyz", *sorted(work.glob("correction_*.xyz"))) for x in read(path, ":")]
 
 
 def frame_of(atoms: Atoms) -> Frame:
     """The frame with its total energy; `relative_to` takes the atoms' energies off."""
-    apart = np.linalg.norm(atoms.positions[:, None] - atoms.positions[None], axis=-1)
-    receiver, sender = np.nonzero((apart < CUTOFF) & ~np.eye(len(atoms), dtype=bool))
-    kinds = np.searchsorted(ELEMENTS, atoms.numbers)
-    return Frame(kinds, atoms.positions, sender, receiver, atoms.info["REF_energy"], atoms.arrays["REF_forces"])
+    bare = unlabelled(atoms.numbers, atoms.positions)
+    return replace(bare, energy=atoms.info["REF_energy"], forces=atoms.arrays["REF_forces"])
+
+
+def unlabelled(numbers: np.ndarray, positions: np.ndarray) -> Frame:
+    """The frame with its neighbours and zeros for labels."""
+    apart = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+    receiver, sender = np.nonzero((apart < CUTOFF) & ~np.eye(len(numbers), dtype=bool))
+    kinds = np.searchsorted(ELEMENTS, numbers)
+    return Frame(kinds, positions, sender, receiver, 0.0, np.zeros_like(positions))
 
 
 def relative_to(frames: list[Frame], atom_energies: dict[int, float]) -> list[Frame]:
     """The frames with their energies less the isolated atoms'."""
     e0 = np.array([atom_energies[z] for z in ELEMENTS])
-    return [Frame(f.kinds, f.positions, f.sender, f.receiver, f.energy - e0[f.kinds].sum(), f.forces) for f in frames]
+    return [replace(f, energy=f.energy - e0[f.kinds].sum()) for f in frames]
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,16 +193,17 @@ def module(scale: float, neighbours: float, atom_energies: list[float]) -> mace.
 class Training:
     """Weights, their average, optimizer and position in the schedule."""
 
-    def __init__(self, model: mace.ScaleShiftMACE, steps: int, first_rate: float) -> None:
+    def __init__(self, model: mace.ScaleShiftMACE, steps: int, first_rate: float, last_rate: float) -> None:
         self.model, self.potential, self.steps, self.step = model, ScalarMACE(model), steps, 0
-        self.first_rate = first_rate
+        self.first_rate, self.last_rate = first_rate, last_rate
         self.weights = list(model.parameters())
         self.average = [w.detach().clone() for w in self.weights]
         self.optimizer = torch.optim.Adam(self.weights, lr=first_rate, amsgrad=True)
 
     def rate(self) -> float:
         """Learning rate of the present step."""
-        return self.first_rate * min(1.0, (self.step + 1) / WARM_UP) * (LAST_RATE / self.first_rate) ** (self.step / self.steps)
+        fallen = self.last_rate + (self.first_rate - self.last_rate) * 0.5 * (1 + cos(pi * self.step / self.steps))
+        return fallen * min(1.0, (self.step + 1) / WARM_UP)
 
     def advance(self, batch: Batch) -> None:
         """One step."""
@@ -244,16 +252,25 @@ def shuffled(frames: list[Frame], epoch: int) -> Iterator[Batch]:
         yield joined([frames[i] for i in order[k : k + BATCH]])
 
 
-def trained(work: Path, epochs: int, rate: float, start: Path | None) -> tuple[mace.ScaleShiftMACE, dict[int, float]]:
+def frames_in(work: Path) -> tuple[list[Frame], list[Frame], dict[int, float]]:
+    """Frames of an epoch, those of validation, and the energies (eV) of the single atoms by atomic number."""
+    structures = structures_in(work)
+    atom_energies = {int(x.numbers[0]): float(x.info["REF_energy"]) for x in structures if len(x) == 1}
+    frames = [f for x in structures if len(x) > 1 for f in [frame_of(x)] * REPEATS.get(x.info["group"], 1)]
+    held = [frame_of(x) for x in read(work / "valid.xyz", ":")]
+    return relative_to(frames, atom_energies), relative_to(held, atom_energies), atom_energies
+
+
+def trained(
+    work: Path, name: str, epochs: int, rates: tuple[float, float], start: Path | None
+) -> tuple[mace.ScaleShiftMACE, dict[int, float]]:
     """The module with the weights that were best on valid.xyz, in single precision, and the atoms' energies."""
-    frames, atom_energies = frames_in(work / "train.xyz")
-    frames = relative_to(frames, atom_energies)
-    held = relative_to(frames_in(work / "valid.xyz")[0], atom_energies)
+    frames, held, atom_energies = frames_in(work)
     valid = [joined(held[k : k + 32]) for k in range(0, len(held), 32)]
     per_epoch = len(frames) // BATCH
     model = continued(start, atom_energies) if start else new_model(frames, atom_energies)
-    training = Training(model, epochs * per_epoch, rate)
-    checkpoint, best_file, lowest = work / "checkpoint.pt", work / "best.pt", float("inf")
+    training = Training(model, epochs * per_epoch, *rates)
+    checkpoint, best_file, lowest = work / f"{name}.checkpoint.pt", work / f"{name}.best.pt", float("inf")
     if checkpoint.exists():
         training.resume(torch.load(checkpoint, weights_only=True))
         lowest = torch.load(best_file, weights_only=True)["loss"]
@@ -286,13 +303,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--epochs", type=int, required=True, help="fixes the schedule")
     parser.add_argument("--rate", type=float, default=FIRST_RATE, help="first learning rate")
+    parser.add_argument("--last", type=float, default=LAST_RATE, help="last learning rate")
     parser.add_argument("--start", type=Path, help="begin with the weights of this model")
     parser.add_argument("--model", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
-    model, atom_energies = trained(args.work, args.epochs, args.rate, args.start)
+    model, atom_energies = trained(args.work, args.model.stem, args.epochs, (args.rate, args.last), args.start)
     torch.set_default_dtype(torch.float64)
     torch.save(rebuilt(model, atom_energies).eval(), args.model)
     log.info("wrote %s, %.1f MB", args.model, args.model.stat().st_size / 1e6)
