@@ -88,7 +88,7 @@ class StackedPotential:
             return e.energy, e.forces, e.virial, e.features
 
         tensors = [*graph.tensors(), *weights.values()]
-        key = (atoms.key, graph.source.shape, graph.half.shape, graph.cell is None, tensors[-1].shape)
+        key = (atoms.key, names, graph.source.shape, graph.half.shape, graph.cell is None, tensors[-1].shape)
         return Evaluation(*self.compiler("evaluation", key, function, tensors))
 
     def _sorting(self, numbers: Tensor) -> Sorting:

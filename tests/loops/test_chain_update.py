@@ -1,0 +1,94 @@
+"""The likelihood's gradient as one function of tensors is that of the likelihood."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
+from bnn_driver.bayes.prior import GaussianPrior
+from bnn_driver.bayes.sghmc import SghmcSettings
+from bnn_driver.bayes.update import UpdateSettings
+from bnn_driver.loops.chain_update import Learner, TrainingLoss
+from bnn_driver.potential.compiling import Compiler, Mode
+from bnn_driver.potential.factory import make_potential
+from bnn_driver.potential.params import layout
+from bnn_driver.records import Label, LabelledFrame
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "potential"))
+from random_models import crystals, molecules, random_mace
+
+SETTINGS = UpdateSettings(1, 3, 1e-3, SghmcSettings(0.1, 0.999, 1e-4), 1.0, 0.2, 0.05, 1.0, (0.2, 5.0))
+
+
+def learner_of(compile: Mode = "off") -> Learner:
+    module = random_mace(hidden="4x0e", max_ell=1, num_interactions=1, radial_MLP=[8])
+    potential = make_potential(module, [1, 6, 8], torch.float64, "cpu", path="stacked", compile=compile)
+    noise = NoiseModel(0.01, 0.05, 0.001, NoiseHead(potential.n_features, (3,)))
+    centre = dict(potential.weights) | noise.head.init()
+    table = layout(centre)
+    flat = table.flat({k: v[None] for k, v in centre.items()})[0]
+    return Learner(potential, noise, GaussianPrior(flat, torch.full_like(flat, 0.5)), table, SETTINGS, 0)
+
+
+def labels_of(periodic: bool) -> list[LabelledFrame]:
+    """Five labels; of periodic frames every second one has a stress."""
+    frames, rng = (crystals if periodic else molecules)(5), np.random.default_rng(0)
+    out = []
+    for i in range(5):
+        forces = rng.standard_normal((len(frames.numbers), 3))
+        stress = 0.01 * rng.standard_normal((3, 3)) if periodic and i % 2 else None
+        out.append(
+            LabelledFrame(frames[i], Label(-3.0 + i, forces, stress, "made up", "t", str(i), "t"), {"foundation_energy": -3.0})
+        )
+    return out
+
+
+def minibatch(learner: Learner, chains: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    theta = learner.prior.centre + 0.05 * torch.randn(chains, learner.layout.size, dtype=torch.float64, generator=generator)
+    return theta, torch.tensor([[0, 1, 4], [2, 3, 1]]), torch.tensor([[1.0, 2.0, 0.5], [1.0, 1.0, 1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_gradient_is_that_of_the_loss(periodic: bool) -> None:
+    learner = learner_of()
+    loss = TrainingLoss.build(learner, labels_of(periodic))
+    theta, index, weight = minibatch(learner)
+    leaf = theta.clone().requires_grad_(True)
+    expected = loss(leaf, index, weight)
+    (slope,) = torch.autograd.grad(expected.sum(), leaf)
+    gradient, value = loss.gradient(theta, index, weight)
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-10 * float(slope.abs().max()))
+    assert not gradient.requires_grad
+
+
+def test_a_batch_survives_being_taken_apart() -> None:
+    learner = learner_of()
+    loss = TrainingLoss.build(learner, labels_of(periodic=True))
+    batch = loss._batch(torch.tensor([[0, 3], [1, 2]]))
+    again = batch.with_tensors(batch.tensors())
+    for field in dataclasses.fields(batch.targets):
+        assert getattr(again.targets, field.name) is getattr(batch.targets, field.name), field.name
+    assert again.volume is batch.volume
+    assert again.graph.tensors() == batch.graph.tensors()
+
+
+@pytest.mark.slow
+def test_compiled_gradient_equals_the_plain_one() -> None:
+    plain, fast = learner_of(), learner_of("on")
+    a, b = TrainingLoss.build(plain, labels_of(False)), TrainingLoss.build(fast, labels_of(False))
+    theta, index, weight = minibatch(plain)
+    for shift in range(3):
+        moved = theta + 0.01 * shift
+        (expected, loss), (found, value) = a.gradient(moved, index, weight), b.gradient(moved, index, weight)
+        torch.testing.assert_close(value, loss, rtol=1e-11, atol=0)
+        assert (found - expected).abs().max() <= 1e-11 * expected.abs().max()
+    assert isinstance(fast.potential.compiler, Compiler)
+    assert fast.potential.compiler.compiled == 1
