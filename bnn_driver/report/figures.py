@@ -92,20 +92,24 @@ def _errors(panel: Axes, history: History) -> None:
 def _cost(panel: Axes, history: History) -> None:
     """Labels spent so far against the step."""
     last = max(history.last_step, 1)
-    counts = []
-    for is_audit, colour, name in ((False, RED, "asked"), (True, GREEN, "audits")):
-        steps = np.sort([x.step for x in history.labels if x.audit == is_audit])
-        counts.append(f"{len(steps)} {name}")
-        if len(steps):
-            total = len(steps)
+    lines = [(np.sort([x.step for x in history.labels if x.audit == is_audit]), colour, name)
+             for is_audit, colour, name in ((False, RED, "asked"), (True, GREEN, "audits"))]  # fmt: skip
+    most = max(len(steps) for steps, _, _ in lines)
+    named = False
+    for steps, colour, name in lines:
+        total = len(steps)
+        if total:
             panel.step([0, *steps, last], [0, *range(1, total + 1), total], where="post", color=colour, linewidth=1.6)
-            panel.annotate(name, (last, total), (-2, 4), textcoords="offset points", ha="right", color=colour)
-    panel.set_xlim(0, None)
+            above = total == most and not named  # the names of lines that end together must not meet
+            side = "bottom" if above else "top"
+            panel.annotate(name, (last, total), (3, 0), textcoords="offset points", color=colour, fontsize=9, ha="left", va=side)
+            named = named or above
+    panel.set_xlim(0, last)
     panel.set_ylim(0, None)
     panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("step")
     panel.set_ylabel("oracle calls so far")
-    _title(panel, f"Cost: {' + '.join(counts)} in {history.last_step} steps")
+    _title(panel, f"Cost: {len(history.labels)} labels in {history.last_step} steps")
 
 
 def _reliability(panel: Axes, history: History) -> None:
