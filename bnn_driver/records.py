@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -90,17 +91,17 @@ class Prediction:
         """M."""
         return len(self.energy)
 
-    @property
+    @cached_property
     def mean_energy(self) -> Array:
         """(B,) eV."""
         return self.energy.mean(axis=0)
 
-    @property
+    @cached_property
     def mean_forces(self) -> Array:
         """(B, A, 3) eV/Å."""
         return self.forces.mean(axis=0)
 
-    @property
+    @cached_property
     def mean_virial(self) -> Array:
         """(B, 3, 3) eV."""
         return self.virial.mean(axis=0)
@@ -110,7 +111,7 @@ class Prediction:
         """(B,) eV, spread of the members (ddof 1)."""
         return self.energy.std(axis=0, ddof=1)
 
-    @property
+    @cached_property
     def energy_predictive_sd(self) -> Array:
         """(B,) eV, sqrt(var_m(E) + mean_m(noise_sd²)): law of total variance."""
         return np.sqrt(self.energy.var(axis=0, ddof=1) + np.mean(self.energy_noise_sd**2, axis=0))
@@ -120,7 +121,7 @@ class Prediction:
         """(B, A, 3) eV/Å, spread of the members per component (ddof 1)."""
         return self.forces.std(axis=0, ddof=1)
 
-    @property
+    @cached_property
     def force_predictive_sd(self) -> Array:
         """(B, A, 3) eV/Å, spread and noise of each component added in variance."""
         noise = np.mean(self.force_noise_sd**2, axis=0)[..., None]

@@ -15,20 +15,21 @@ def check_sanity(frames: Frames, min_distance: float, max_force: float | None = 
     needs `forces`, (B, A, 3) eV/Å.
     Raises: GuardStop naming the frame, the atoms (from 0) and the value.
     """
+    pairs = np.triu_indices(len(frames.numbers), k=1)
     for b in range(len(frames)):
         bad = np.flatnonzero(~np.isfinite(frames.positions[b]).all(axis=1))
         if bad.size:
             raise GuardStop(
                 f"atom {bad[0]} of frame {b} has the position {frames.positions[b, bad[0]]}; the dynamics has blown up"
             )
-        _check_distances(frames, b, min_distance)
+        _check_distances(frames, b, pairs, min_distance)
     if max_force is not None and forces is not None:
         _check_forces(forces, max_force)
 
 
-def _check_distances(frames: Frames, b: int, min_distance: float) -> None:
+def _check_distances(frames: Frames, b: int, pairs: tuple[Array, Array], min_distance: float) -> None:
     """Compare the nearest pair of frame b, with periodic images, to the limit."""
-    first, second = np.triu_indices(len(frames.numbers), k=1)
+    first, second = pairs
     delta = frames.positions[b, second] - frames.positions[b, first]
     if frames.cell is not None:
         cell = frames.cell[b]

@@ -20,7 +20,7 @@ from bnn_driver.ipi.client import Reply, Request
 from bnn_driver.loops.chain_update import energy_offset
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.labelling import Labelling
-from bnn_driver.loops.seeds import generator
+from bnn_driver.loops.seeds import uniform
 from bnn_driver.records import Decision, Frames, Generation, LabelledFrame, Prediction
 from bnn_driver.store.run import EventLog
 
@@ -153,7 +153,7 @@ class Driver:
 
     def _decide(self, prediction: Prediction, frames: Frames) -> list[Decision]:
         moments = [self.counter.moment(b) for b in range(len(frames))]
-        audit = np.array([generator(self.settings.seed, "audit", step, bead).random() for step, bead in moments])
+        audit = np.array([uniform(self.settings.seed, "audit", step, bead) for step, bead in moments])
         first = len(self.labelling.store) == 0
         decisions = self.policy.judge(prediction, frames, self.calibrations, audit, first)
         absurd = ~(np.linalg.norm(prediction.mean_forces, axis=-1) <= self.settings.max_force).all(axis=-1)  # also NaN

@@ -20,3 +20,8 @@ def derive(root: int, *purpose: object) -> int:
 def generator(root: int, *purpose: object) -> np.random.Generator:
     """numpy generator of one stream."""
     return np.random.default_rng(derive(root, *purpose))
+
+
+def uniform(root: int, *purpose: object) -> float:
+    """One number, uniform in [0, 1), of one purpose: the hash itself, much cheaper than a generator for every frame."""
+    return derive(root, *purpose) / 2**63
