@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def decision(prediction: Prediction, frames: Frames) -> Callable[[], object]:
     policy = Policy((EnergyCriterion(0.04),), 0.95, 0.01)
     calibrations = {"energy": GammaCalibration(1.5, 10.0)}
     draws = np.ones(len(frames))
-    return lambda: policy.judge(prediction, frames, calibrations, draws)
+    return lambda: policy.judge(replace(prediction), frames, calibrations, draws)  # a copy has computed nothing yet
 
 
 def one_by_one(potential: Potential, weights: Mapping[str, torch.Tensor], graphs: Sequence[Graph]) -> None:
@@ -112,7 +113,7 @@ def main() -> None:
     head = NoiseHead(fast.n_features, (64, 16))
     noise = NoiseModel(0.004, 0.004, 1.0, head)
     weights = repeat_weights(dict(fast.weights) | head.init(torch.float32), options.members)
-    ensemble = Ensemble(fast, weights, 1, noise, options.members, 0.5)
+    ensemble = Ensemble(fast, weights, 1, noise)
     alternative = repeat_weights(slow.weights, options.members)
     print(f"{name}: {options.members} members, ethanol, float32, {fast.path}")
     print(
@@ -122,7 +123,7 @@ def main() -> None:
     for beads in options.beads:
         frames = Frames(atoms.numbers, atoms.positions + 0.02 * rng.standard_normal((beads, len(atoms), 3)))
         with_list = milliseconds(partial(ensemble.predict, frames))
-        listing = milliseconds(partial(build_graph, frames, fast.cutoff + 0.5, torch.float32, torch.device("cpu")))
+        listing = milliseconds(partial(build_graph, frames, fast.cutoff + ensemble.skin, torch.float32, torch.device("cpu")))
         wired, judged = socket_milliseconds(frames), milliseconds(decision(ensemble.predict(frames), frames))
         total = with_list + wired + judged
         graphs = [build_graph(frames[b], slow.cutoff, torch.float32, torch.device("cpu")) for b in range(beads)]
@@ -130,7 +131,7 @@ def main() -> None:
         print(
             f"{beads:>6}{wired:>9.3f}{listing:>9.3f}{with_list:>10.2f}{judged:>10.3f}{total:>9.2f}{loop:>11.2f}{loop / total:>7.1f}"
         )
-    print("the list is rebuilt only when an atom has moved by 0.25 Å; floor of a step: the ensemble's column")
+    print("the ensemble's column, floor of a step, contains the list")
 
 
 if __name__ == "__main__":
