@@ -9,7 +9,7 @@ from random_models import crystals, members
 
 from bnn_driver.potential import ensemble as evaluator
 from bnn_driver.potential.ensemble import Ensemble
-from bnn_driver.potential.planning import CACHE, COPIES, Plan, keep_freed_memory, plan
+from bnn_driver.potential.planning import CACHE, COPIES, Plan, free_memory, keep_freed_memory, plan
 from bnn_driver.potential.toy import ToyPotential
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -49,3 +49,7 @@ def test_split_frames_and_members_give_the_same_prediction(monkeypatch: pytest.M
 def test_memory_is_kept_where_the_c_library_can() -> None:
     keep_freed_memory()  # False on systems without glibc, never an error
     assert torch.ones(10**6).sum() == 10**6
+
+
+def test_free_memory_is_what_this_machine_can_give() -> None:
+    assert 10 * 2**20 < free_memory(CPU) < 2**45
