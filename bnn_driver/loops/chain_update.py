@@ -139,6 +139,8 @@ class TrainingLoss:
 
     def gradient(self, theta: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient (M, D) of the sum over the chains and the loss (M,) of each; one function of tensors, so that it can be compiled."""
+        if self.learner.potential.compiler.mode != "off":  # one shape from the first label on
+            index, weight = _padded(index, weight, self.learner.settings.batch_size)
         batch, weights = self._batch(index), self.learner.layout.views(theta.detach())
         names, inputs = tuple(weights), batch.tensors()
 
@@ -166,6 +168,12 @@ class TrainingLoss:
             result.energy, result.forces, stress, batch.targets, energy_sd, force_sd, self.learner.noise.stress_sd
         )
         return -(weight * log_p).sum(dim=1)
+
+
+def _padded(index: Tensor, weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Minibatches of at least `size` labels, the first one again with weight 0 where there are fewer.  Args: index, weight: (M, b)."""
+    missing = max(0, size - index.shape[1])
+    return torch.cat([index, index[:, :1].expand(-1, missing)], dim=1), torch.nn.functional.pad(weight, (0, missing))
 
 
 def energy_offset(first: LabelledFrame) -> float:

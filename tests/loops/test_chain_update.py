@@ -14,7 +14,7 @@ from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.bayes.prior import GaussianPrior
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
-from bnn_driver.loops.chain_update import Learner, TrainingLoss
+from bnn_driver.loops.chain_update import Learner, TrainingLoss, _padded
 from bnn_driver.potential.compiling import Compiler, Mode
 from bnn_driver.potential.factory import make_potential
 from bnn_driver.potential.params import layout
@@ -78,6 +78,19 @@ def test_a_batch_survives_being_taken_apart() -> None:
         assert getattr(again.targets, field.name) is getattr(batch.targets, field.name), field.name
     assert again.volume is batch.volume
     assert again.graph.tensors() == batch.graph.tensors()
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_padding_a_minibatch_changes_no_gradient(size: int) -> None:
+    learner = learner_of()
+    loss = TrainingLoss.build(learner, labels_of(periodic=True))
+    theta, index, weight = minibatch(learner)
+    expected, value = loss.gradient(theta, index, weight)
+    padded = _padded(index, weight, size)
+    assert padded[0].shape == padded[1].shape == (2, max(3, size))
+    gradient, again = loss.gradient(theta, *padded)
+    torch.testing.assert_close(again, value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
 
 
 @pytest.mark.slow
