@@ -15,7 +15,6 @@ from bnn_driver.active.criteria import EnergyCriterion, ForceCriterion
 from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
-from bnn_driver.bayes.prior import GaussianPrior
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
 from bnn_driver.config import Config
@@ -27,7 +26,7 @@ from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.factory import make_potential
 from bnn_driver.potential.mace import load_mace
-from bnn_driver.potential.params import layout, repeat_weights
+from bnn_driver.potential.params import repeat_weights
 from bnn_driver.potential.planning import keep_freed_memory
 from bnn_driver.potential.toy import ToyPotential
 from bnn_driver.records import Array, Frames, Generation
@@ -114,9 +113,6 @@ def foundation_generation(model: Model, members: int) -> Generation:
 def make_learner(model: Model, config: Config) -> Learner:
     """What the trainer needs to turn labels into weights."""
     e = config.ensemble
-    centre = model.foundation_weights()
-    table = layout(centre)
-    flat = table.flat({k: v[None] for k, v in centre.items()})[0]
     settings = UpdateSettings(
         steps=e.steps_per_update,
         batch_size=e.batch_size,
@@ -128,8 +124,7 @@ def make_learner(model: Model, config: Config) -> Learner:
         loss_margin=e.loss_margin,
         temperature_range=e.temperature_range,
     )
-    prior = GaussianPrior(flat, torch.full_like(flat, e.prior_sd))
-    return Learner(model.potential, model.noise, prior, table, settings, config.run.seed)
+    return Learner.around(model.potential, model.noise, e.prior_sd, settings, config.run.seed)
 
 
 def make_policy(config: Config, numbers: Array, audit_probability: float) -> tuple[Policy, dict[str, GammaCalibration]]:

@@ -12,11 +12,10 @@ from torch import Tensor
 from bnn_driver.bayes.likelihood import NoiseModel, Targets, log_likelihood
 from bnn_driver.bayes.prior import GaussianPrior
 from bnn_driver.bayes.update import UpdateReport, UpdateSettings, update_chains
-from bnn_driver.errors import BnnError
 from bnn_driver.loops.seeds import derive
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.graph import Graph, build_graph
-from bnn_driver.potential.params import Layout
+from bnn_driver.potential.params import Layout, layout
 from bnn_driver.records import Frames, Generation, LabelledFrame
 
 
@@ -30,6 +29,14 @@ class Learner:
     layout: Layout
     settings: UpdateSettings
     seed: int
+
+    @classmethod
+    def around(cls, potential: Potential, noise: NoiseModel, prior_sd: float, settings: UpdateSettings, seed: int) -> Learner:
+        """Prior of one width around the foundation weights and the centre of the noise head."""
+        centre = dict(potential.weights) | noise.head.init(potential.dtype, potential.device)
+        table = layout(centre)
+        flat = table.flat({k: v[None] for k, v in centre.items()})[0]
+        return cls(potential, noise, GaussianPrior(flat, torch.full_like(flat, prior_sd)), table, settings, seed)
 
 
 def update(
@@ -79,13 +86,11 @@ class Batch:
     def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
         """The same batch with other tensors, in the order of `tensors()`."""
         fixed = len(self.graph.tensors())
-        rest = iter(tensors[fixed:])
-        t = self.targets
-        energy, forces, stress, has_stress, volume = (
-            None if x is None else next(rest) for x in (t.energy, t.forces, t.stress, t.has_stress, self.volume)
+        energy, forces, *others = tensors[fixed:]
+        rest = iter(others)
+        stress, has_stress, volume = (
+            None if x is None else next(rest) for x in (self.targets.stress, self.targets.has_stress, self.volume)
         )
-        if energy is None or forces is None:
-            raise BnnError("a minibatch without energies or forces")
         return Batch(self.graph.with_tensors(tensors[:fixed]), Targets(energy, forces, stress, has_stress), volume)
 
 
@@ -123,8 +128,7 @@ class TrainingLoss:
             stress,
             None if stress is None else tensor(has_stress, torch.bool),
         )
-        rounded = potential.compiler.mode != "off"
-        graph = build_graph(frames, potential.cutoff, potential.dtype, potential.device, rounded=rounded)
+        graph = build_graph(frames, potential.cutoff, potential.dtype, potential.device, rounded=potential.compiler.active)
         return cls(learner, graph, targets, tuple(frames.numbers.tolist()), volume)
 
     @property
@@ -139,7 +143,7 @@ class TrainingLoss:
 
     def gradient(self, theta: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient (M, D) of the sum over the chains and the loss (M,) of each; one function of tensors, so that it can be compiled."""
-        if self.learner.potential.compiler.mode != "off":  # one shape from the first label on
+        if self.learner.potential.compiler.active:  # one shape from the first label on
             index, weight = _padded(index, weight, self.learner.settings.batch_size)
         batch, weights = self._batch(index), self.learner.layout.views(theta.detach())
         names, inputs = tuple(weights), batch.tensors()

@@ -56,7 +56,7 @@ class Compiler:
         Args: what: name for messages.   key: everything but the tensors' values that the outputs depend on, shapes included.
             function: of tensors alone, without random numbers and without reading a tensor's values on the host.
         """
-        if self.mode == "off" or self._unavailable:
+        if not self.active or self._unavailable:
             return function(*tensors)
         shape = self._shapes.setdefault((what, key), _Shape())
         if shape.refused:
@@ -66,6 +66,11 @@ class Compiler:
         if shape.checks < _CHECKS:
             return self._checked(what, shape, function(*tensors), tensors)
         return shape.compiled(*tensors)
+
+    @property
+    def active(self) -> bool:
+        """False when nothing is ever compiled, so that shapes need not be few."""
+        return self.mode != "off"
 
     @property
     def compiled(self) -> int:
@@ -118,8 +123,7 @@ def compile_function(function: Function, tensors: Sequence[Tensor]) -> Function:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
     graph.recompile()
-    compiled: Function = torch.compile(graph, dynamic=False)
-    compiled(*tensors)
+    compiled: Function = torch.compile(graph, dynamic=False)  # made at its first call
     return compiled
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from bnn_driver.records import Array
 
 Monomial = tuple[int, int, int]
+Polynomial = dict[Monomial, Array]
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Monomials:
     segments: list[int]
     """(R,) number of terms of each output."""
 
-    def coefficients(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
-        """T W of every element, (M, E, Q, C).  Args: weights: as for `Contraction.pair_weights`."""
+    def weights(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
+        """T W of every element, (M, E, Q, C).  Args: weights: as for `Contraction.weights`."""
         w = torch.cat([x for group in weights for x in group], dim=2)
         return torch.matmul(self.table.T, w)
 
@@ -85,7 +86,7 @@ class Contraction:
     """The same polynomial without factorisation."""
     components: int
 
-    def pair_weights(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
+    def weights(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
         """V of every element.  Args: weights: per output irrep and ν: (M, E, k_ν, C).  Returns: (E, M, C, P, n+1)."""
         parts = []
         for table, pairs, group in zip(self.tables, self.pairs, weights, strict=True):
@@ -115,10 +116,11 @@ def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device:
     counts: list[int] = []
     all_pairs: list[tuple[int, int]] = []
     owner: list[int] = []
-    for coupling in couplings:
+    widths = [sum(u.shape[-1] for u in coupling.tensors) for coupling in couplings]
+    polynomials = [_monomials(coupling.tensors, n) for coupling in couplings]
+    for k, outputs in zip(widths, polynomials, strict=True):
         first = max(owner, default=-1) + 1
-        rows, pairs = _factorised(coupling.tensors, n)
-        k = sum(u.shape[-1] for u in coupling.tensors)
+        rows, pairs = _factorised(outputs, n)
         table = np.zeros((k, len(pairs), n + 1))
         for (single, pair), coefficients in rows.items():
             table[:, pair, single] += coefficients
@@ -134,21 +136,21 @@ def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device:
         first=factors[:, 0].contiguous(),
         second=factors[:, 1].contiguous(),
         segments=np.bincount(owner).tolist(),
-        plain=_plain(couplings, dtype, device),
+        plain=_plain(polynomials, widths, n, dtype, device),
         components=n,
     )
 
 
-def _plain(couplings: Sequence[Coupling], dtype: torch.dtype, device: torch.device) -> Monomials:
-    """All terms of all output irreps; an output without any keeps one of coefficient 0."""
-    widths = [sum(u.shape[-1] for u in coupling.tensors) for coupling in couplings]
+def _plain(
+    polynomials: Sequence[Sequence[Polynomial]], widths: Sequence[int], n: int, dtype: torch.dtype, device: torch.device
+) -> Monomials:
+    """All terms of all output irreps; an output without any keeps one of coefficient 0.  Args: widths: k of each irrep."""
     terms: list[Monomial] = []
     columns: list[Array] = []
     segments: list[int] = []
-    for number, coupling in enumerate(couplings):
-        n = coupling.tensors[0].shape[1]
+    for number, outputs in enumerate(polynomials):
         before, after = np.zeros(sum(widths[:number])), np.zeros(sum(widths[number + 1 :]))
-        for monomials in _monomials(coupling.tensors, n):
+        for monomials in outputs:
             found = sorted(monomials.items()) or [((n, n, n), np.zeros(widths[number]))]
             terms += [monomial for monomial, _ in found]
             columns += [np.concatenate([before, c, after]) for _, c in found]
@@ -161,14 +163,14 @@ def _plain(couplings: Sequence[Coupling], dtype: torch.dtype, device: torch.devi
 Pair = tuple[int, tuple[int, int]]
 
 
-def _factorised(tensors: Sequence[Array], n: int) -> tuple[dict[tuple[int, int], Array], list[Pair]]:
+def _factorised(outputs: Sequence[Polynomial], n: int) -> tuple[dict[tuple[int, int], Array], list[Pair]]:
     """(single, pair number) -> coefficients (k,), and the pairs (output, (a, b)) of one output irrep.
 
     Every output keeps at least one pair, so that an output that symmetry forbids is zero and not missing.
     """
     rows: dict[tuple[int, int], Array] = {}
     pairs: list[Pair] = []
-    for output, monomials in enumerate(_monomials(tensors, n)):
+    for output, monomials in enumerate(outputs):
         place: dict[tuple[int, int], int] = {}
         for monomial, (single, pair) in _cover(list(monomials)).items():
             if pair not in place:
@@ -180,7 +182,7 @@ def _factorised(tensors: Sequence[Array], n: int) -> tuple[dict[tuple[int, int],
     return rows, pairs
 
 
-def _monomials(tensors: Sequence[Array], n: int) -> list[dict[Monomial, Array]]:
+def _monomials(tensors: Sequence[Array], n: int) -> list[Polynomial]:
     """Per output: sorted component indices (n stands for 1) -> coefficients (k,) over the weights of all ν."""
     k = sum(u.shape[-1] for u in tensors)
     out: list[dict[Monomial, Array]] = [defaultdict(lambda: np.zeros(k)) for _ in range(tensors[0].shape[0])]

@@ -88,9 +88,11 @@ class Ensemble:
         """
         graph = self._graph(frames)
         split = self._plan(graph)
-        every = torch.arange(len(frames), device=self.potential.device)
-        whole = split.frames >= len(frames)
-        parts = [self._part(graph if whole else graph.take(rows), split.members) for rows in every.split(split.frames)]
+        graphs = [graph]
+        if split.frames < len(frames):
+            every = torch.arange(len(frames), device=self.potential.device)
+            graphs = [graph.take(rows) for rows in every.split(split.frames)]
+        parts = [self._part(some, split.members) for some in graphs]
         names = ("energy", "forces", "virial", "energy_noise_sd", "force_noise_sd")
         joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in names}
         return Prediction(**joined, generation=self.generation)
@@ -155,7 +157,7 @@ class Ensemble:
         if self._listed is not None and _still_valid(self._listed.frames, frames, self.skin):
             return self._listed.graph.with_positions(torch.as_tensor(frames.positions))
         cutoff = self.potential.cutoff + self.skin
-        rounded = self.potential.compiler.mode != "off"
+        rounded = self.potential.compiler.active
         graph = build_graph(frames, cutoff, self.potential.dtype, self.potential.device, rounded=rounded)
         self._listed = _Listed(frames, graph)
         return graph

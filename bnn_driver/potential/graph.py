@@ -49,20 +49,21 @@ class Graph:
         """(B,) or (M, B)."""
         return tuple(self.positions.shape[:-2])
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Graph:
+    def _named(self) -> dict[str, Tensor]:
+        """Everything that is there but the atomic numbers."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "numbers"}
-        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in values.items()}
-        return replace(self, **changed)
+        return {name: x for name, x in values.items() if x is not None}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Graph:
+        return self.with_tensors([change(x) for x in self.tensors()])
 
     def tensors(self) -> list[Tensor]:
         """Everything but the atomic numbers."""
-        values = (getattr(self, f.name) for f in fields(self) if f.name != "numbers")
-        return [x for x in values if x is not None]
+        return list(self._named().values())
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Graph:
         """The same atoms with other tensors, in the order of `tensors()`."""
-        names = [f.name for f in fields(self) if f.name != "numbers" and getattr(self, f.name) is not None]
-        changed: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        changed: dict[str, Any] = dict(zip(self._named(), tensors, strict=True))
         return replace(self, **changed)
 
     def take(self, index: Tensor) -> Graph:

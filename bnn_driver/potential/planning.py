@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 
 #: bytes of edge tensors up to which members are better evaluated together than one by one on a CPU: they then stay in its cache
@@ -47,11 +46,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can be taken without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # another system than Linux: half of what it has
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return int(psutil.virtual_memory().available)
 
 
 def keep_freed_memory() -> bool:

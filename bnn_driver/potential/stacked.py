@@ -26,7 +26,7 @@ from bnn_driver.potential.graph import Graph
 from bnn_driver.potential.layers import by_element, convolve, element_matrix, forward_mode, matrix, mix, product, read
 from bnn_driver.potential.pruning import SampledWeights
 
-_PREPARED = "pairs."
+_PAIRS = "pairs."
 _COEFFICIENTS = "monomials."
 _FEW_NODES = 64
 """Nodes up to which a compiled contraction goes term by term."""
@@ -36,17 +36,9 @@ Weights = Mapping[str, Tensor]
 class StackedPotential:
     """The fast path; see `Potential` for the contract."""
 
-    def __init__(
-        self,
-        module: Any,
-        elements: tuple[int, ...],
-        head: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        compiler: Compiler | None = None,
-    ) -> None:
+    def __init__(self, module: Any, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raises: UnsupportedModel when a part of the model is not covered."""
-        self.compiler = compiler or Compiler("off")
+        self.compiler = Compiler("off")
         self.module = module
         self.head = head
         self.elements = elements
@@ -70,15 +62,15 @@ class StackedPotential:
         out = dict(weights)
         for t, layer in enumerate(self.tables.layers):
             groups = self._contraction_weights(layer, weights)
-            out[f"{_PREPARED}{t}"] = layer.contraction.pair_weights(groups)
-            if self.compiler.mode != "off":
-                out[f"{_COEFFICIENTS}{t}"] = layer.contraction.plain.coefficients(groups)
+            out[f"{_PAIRS}{t}"] = layer.contraction.weights(groups)
+            if self.compiler.active:
+                out[f"{_COEFFICIENTS}{t}"] = layer.contraction.plain.weights(groups)
         return out
 
     def evaluate(self, weights: Weights, graph: Graph, *, create_graph: bool = False) -> Evaluation:
         """See `Potential.evaluate`."""
         atoms = self._sorting(graph.numbers)
-        if create_graph or self.compiler.mode == "off":
+        if create_graph or not self.compiler.active:
             return self._evaluate(weights, arrange(graph, atoms), create_graph)
         names, fixed = tuple(weights), len(graph.tensors())
 
@@ -231,11 +223,11 @@ class StackedPotential:
         """Contracted messages (M, N, R, C), in the form that is fastest for so many nodes."""
         layer = self.tables.layers[t]
         plain = self.compiler.tracing and g.kind.numel() <= _FEW_NODES
-        prepared = weights.get(f"{_COEFFICIENTS if plain else _PREPARED}{t}")
-        contraction, groups = layer.contraction, self._contraction_weights(layer, weights)
-        if plain:
-            return contraction.plain(message, contraction.plain.coefficients(groups) if prepared is None else prepared, g.slices)
-        return contraction(message, contraction.pair_weights(groups) if prepared is None else prepared, g.slices)
+        name, contract = (_COEFFICIENTS, layer.contraction.plain) if plain else (_PAIRS, layer.contraction)
+        prepared = weights.get(f"{name}{t}")
+        if prepared is None:
+            prepared = contract.weights(self._contraction_weights(layer, weights))
+        return contract(message, prepared, g.slices)
 
     def _contraction_weights(self, layer: Layer, weights: Weights) -> list[list[Tensor]]:
         """Per output irrep and ν: (M, E, k_ν, C)."""

@@ -94,16 +94,12 @@ def _cost(panel: Axes, history: History) -> None:
     last = max(history.last_step, 1)
     lines = [(np.sort([x.step for x in history.labels if x.audit == is_audit]), colour, name)
              for is_audit, colour, name in ((False, RED, "asked"), (True, GREEN, "audits"))]  # fmt: skip
-    most = max(len(steps) for steps, _, _ in lines)
-    named = False
-    for steps, colour, name in lines:
+    sides = ("bottom", "top") if len(lines[0][0]) >= len(lines[1][0]) else ("top", "bottom")
+    for (steps, colour, name), side in zip(lines, sides, strict=True):  # the names of lines that end together must not meet
         total = len(steps)
         if total:
             panel.step([0, *steps, last], [0, *range(1, total + 1), total], where="post", color=colour, linewidth=1.6)
-            above = total == most and not named  # the names of lines that end together must not meet
-            side = "bottom" if above else "top"
             panel.annotate(name, (last, total), (3, 0), textcoords="offset points", color=colour, fontsize=9, ha="left", va=side)
-            named = named or above
     panel.set_xlim(0, last)
     panel.set_ylim(0, None)
     panel.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
-from bnn_driver.bayes.prior import GaussianPrior
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
 from bnn_driver.loops.chain_update import Learner, TrainingLoss, _padded
 from bnn_driver.potential.compiling import Compiler, Mode
 from bnn_driver.potential.factory import make_potential
-from bnn_driver.potential.params import layout
 from bnn_driver.records import Label, LabelledFrame
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "potential"))
@@ -30,10 +28,7 @@ def learner_of(compile: Mode = "off") -> Learner:
     module = random_mace(hidden="4x0e", max_ell=1, num_interactions=1, radial_MLP=[8])
     potential = make_potential(module, [1, 6, 8], torch.float64, "cpu", path="stacked", compile=compile)
     noise = NoiseModel(0.01, 0.05, 0.001, NoiseHead(potential.n_features, (3,)))
-    centre = dict(potential.weights) | noise.head.init()
-    table = layout(centre)
-    flat = table.flat({k: v[None] for k, v in centre.items()})[0]
-    return Learner(potential, noise, GaussianPrior(flat, torch.full_like(flat, 0.5)), table, SETTINGS, 0)
+    return Learner.around(potential, noise, 0.5, SETTINGS, 0)
 
 
 def labels_of(periodic: bool) -> list[LabelledFrame]:
