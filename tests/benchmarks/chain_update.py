@@ -31,12 +31,10 @@ from torch import Tensor, nn
 from bnn_driver.bayes import minibatch, sghmc
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel, Targets, log_likelihood
 from bnn_driver.bayes.posterior import MinibatchPosterior
-from bnn_driver.bayes.prior import GaussianPrior
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings, chain_generators
 from bnn_driver.loops.assembly import settle
 from bnn_driver.loops.chain_update import Learner, TrainingLoss, update
-from bnn_driver.potential.params import layout
 from bnn_driver.records import Generation, Label, LabelledFrame
 from bnn_driver.store import weights as store
 from bnn_driver.units import KCAL_PER_MOL
@@ -68,11 +66,8 @@ def make_learner(module: nn.Module, numbers: np.ndarray, compile: str) -> Learne
     potential = measure.our_potential(module, numbers, compile)
     head = NoiseHead(potential.n_features, (64, 16))
     noise = NoiseModel(0.1 * KCAL_PER_MOL, 0.1 * KCAL_PER_MOL, 0.00625 * KCAL_PER_MOL, head)
-    centre = dict(potential.weights) | head.init(potential.dtype)
-    table = layout(centre)
-    flat = table.flat({k: v[None] for k, v in centre.items()})[0]
     settings = UpdateSettings(STEPS, BATCH, STEP_SIZE, SAMPLER, 1.0, 0.2, 0.05, 1e9, (0.0, 1e9))
-    return Learner(potential, noise, GaussianPrior(flat, torch.full_like(flat, PRIOR_SD)), table, settings, 0)
+    return Learner.around(potential, noise, PRIOR_SD, settings, 0)
 
 
 def noise_weights(head: NoiseHead, members: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -352,11 +347,9 @@ def checkpoint(members: int = 8, weights: int = 5_000_000) -> dict[str, Any]:
 
 def main() -> None:
     """Every case that is cheap enough."""
-    parser = measure.arguments(__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(measure.SIZES), default=list(measure.SIZES))
-    parser.add_argument("--systems", nargs="+", choices=list(measure.SYSTEMS), default=["ethanol", "crystal40"])
+    parser = measure.arguments(__doc__, "float32")
+    measure.add_cases(parser, ["ethanol", "crystal40"])
     parser.add_argument("--chains", type=int, default=8)
-    parser.add_argument("--dtype", choices=["float64", "float32"], default="float32")
     options = parser.parse_args()
     settle(1)
     dtype = getattr(torch, options.dtype)

@@ -166,11 +166,9 @@ def case(made: Contenders, name: str, atoms: Atoms, frames: int, seconds: float,
 def main() -> None:
     """Every case that is cheap enough."""
     parser = measure.arguments(__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(measure.SIZES), default=list(measure.SIZES))
-    parser.add_argument("--systems", nargs="+", choices=list(measure.SYSTEMS), default=list(measure.SYSTEMS))
+    measure.add_cases(parser, list(measure.SYSTEMS))
     parser.add_argument("--frames", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--members", type=int, default=8)
-    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     options = parser.parse_args()
     settle(1)
     dtype = getattr(torch, options.dtype)

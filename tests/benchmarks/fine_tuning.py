@@ -23,14 +23,12 @@ from scipy.stats import mannwhitneyu, spearmanr
 
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.bayes.minibatch import draw_chains
-from bnn_driver.bayes.prior import GaussianPrior
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
 from bnn_driver.loops.chain_update import Learner, TrainingLoss, update
 from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.factory import make_potential
 from bnn_driver.potential.mace import load_mace
-from bnn_driver.potential.params import layout
 from bnn_driver.potential.stacked import StackedPotential
 from bnn_driver.records import Frames, Generation, Label, LabelledFrame, Prediction
 from bnn_driver.units import KCAL_PER_MOL
@@ -85,11 +83,8 @@ def make_learner(potential: StackedPotential, steps: int, prior_sd: float, seed:
     """Published settings but for what is given."""
     head = NoiseHead(potential.n_features, (64, 16))
     noise = NoiseModel(0.1 * ACCURACY, FORCE_NOISE, 1.0, head)
-    centre = dict(potential.weights) | head.init(potential.dtype, potential.device)
-    table = layout(centre)
-    flat = table.flat({k: v[None] for k, v in centre.items()})[0]
     settings = UpdateSettings(steps, 5, step_size, SghmcSettings(0.1, 0.999, 1e-4), 1.0, 0.2, 0.05, 1e9, (0.0, 1e9))
-    return Learner(potential, noise, GaussianPrior(flat, torch.full_like(flat, prior_sd)), table, settings, seed)
+    return Learner.around(potential, noise, prior_sd, settings, seed)
 
 
 def start(learner: Learner, members: int) -> Generation:

@@ -229,9 +229,8 @@ def case(size: str, beads: int, dtype: torch.dtype, seconds: float, compile: str
 
 def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Options of the benchmark and of its driver process."""
-    parser.add_argument("--models", nargs="+", choices=list(measure.SIZES), default=list(measure.SIZES))
+    measure.add_cases(parser)
     parser.add_argument("--beads", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     parser.add_argument("--serve", nargs=3, type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 

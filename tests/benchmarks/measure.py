@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnn_driver.potential.factory import make_potential
 from bnn_driver.potential.params import stack_weights
+from bnn_driver.potential.planning import free_memory
 from bnn_driver.potential.pruning import SampledWeights
 from bnn_driver.potential.stacked import StackedPotential
 from bnn_driver.records import Frames
@@ -161,10 +162,9 @@ def pruned(modules: Sequence[torch.nn.Module], size: str, numbers: Iterable[int]
 
 
 def our_potential(module: torch.nn.Module, numbers: Iterable[int], compile: str = "off") -> StackedPotential:
-    """Our fast path; `compile` is passed on only when it is not "off"."""
-    more = {} if compile == "off" else {"compile": compile}
+    """Our fast path."""
     dtype = next(module.parameters()).dtype
-    return make_potential(copy.deepcopy(module), [int(z) for z in numbers], dtype, CPU, path="stacked", **more)
+    return make_potential(copy.deepcopy(module), [int(z) for z in numbers], dtype, CPU, path="stacked", compile=compile)
 
 
 def our_weights(modules: Sequence[torch.nn.Module], numbers: Iterable[int]) -> dict[str, torch.Tensor]:
@@ -233,14 +233,22 @@ def _extent(operand: Operand) -> int:
 # ---- options, tables, files
 
 
-def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+def arguments(doc: str | None, dtype: str = "float64") -> argparse.ArgumentParser:
+    """The options that all benchmarks have.  Args: dtype: the one when none is given."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cheap cases, under a minute")
     parser.add_argument("--full", action="store_true", help="expensive cases too")
-    parser.add_argument("--compile", choices=["off", "on"], default="off", help="passed on to make_potential unless off")
+    parser.add_argument("--compile", choices=["off", "on"], default="off", help="passed on to make_potential")
+    parser.add_argument("--dtype", choices=["float64", "float32"], default=dtype)
     parser.add_argument("--json", type=Path, help="write all rows, the machine and the versions here")
     return parser
+
+
+def add_cases(parser: argparse.ArgumentParser, systems: Sequence[str] = ()) -> None:
+    """Options for the choice of models and, where there are several, systems."""
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
+    if systems:
+        parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(systems))
 
 
 @dataclass
@@ -301,7 +309,7 @@ def _cpu_name() -> str:
 
 def free_gib() -> float:
     """Memory that a benchmark may use: three quarters of what is available now."""
-    return 0.75 * psutil.virtual_memory().available / 2**30
+    return 0.75 * free_memory(CPU) / 2**30
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:

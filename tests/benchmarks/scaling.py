@@ -177,7 +177,6 @@ def main() -> None:
     parser = measure.arguments(__doc__)
     axes = ["atoms", "members", "beads", "labels"]
     parser.add_argument("--axes", nargs="+", choices=axes, default=axes)
-    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     parser.add_argument("--who", choices=["ours", "theirs"], default="ours", help=argparse.SUPPRESS)
     options = parser.parse_args()
