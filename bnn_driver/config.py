@@ -75,6 +75,9 @@ class PotentialSettings(_Section):
     device: str = "cpu"
     dtype: Literal["float64", "float32"] = "float32"
     path: Literal["auto", "stacked", "modules"] = "auto"
+    kernels: Literal["auto", "off"] = "auto"
+    """Our own C++ for the inner loops on a CPU: compiled once per machine in a quarter of a minute where there is a compiler, and used
+    while it agrees with the plain operations."""
     compile: Literal["off", "auto", "on"] = "off"
     """Machine code for the fast path, compared with the plain one before it is used: "on" at the first use of a shape, which takes
     minutes on a CPU, "auto" once a shape has cost as much time as compiling it would."""

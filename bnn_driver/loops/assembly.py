@@ -90,7 +90,9 @@ def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model
     else:
         file = base / s.model
         loaded = load_mace(file if file.is_file() else s.model, s.head, device)
-        potential = make_potential(loaded.module, numbers.tolist(), dtype, device, s.path, loaded.head, compile=s.compile)
+        potential = make_potential(
+            loaded.module, numbers.tolist(), dtype, device, s.path, loaded.head, compile=s.compile, kernels=s.kernels
+        )
         checksum = loaded.sha256
     head = NoiseHead(potential.n_features, config.ensemble.noise_head)
     e = config.ensemble

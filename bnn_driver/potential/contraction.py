@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnn_driver.potential.native.polynomial import PolynomialTables
 from bnn_driver.records import Array
 
 Monomial = tuple[int, int, int]
@@ -58,7 +59,7 @@ class Monomials:
     def __call__(self, x: Tensor, coefficients: Tensor, slices: Sequence[tuple[int, int, int]]) -> Tensor:
         """out (M, N, R, C).  Args: x, slices: as for `Contraction`.   coefficients: (M, E, Q, C)."""
         i, j, k = self.factors
-        out = []
+        x, out = _with_one(x), []
         for e, first, last in slices:
             nodes = x[:, first:last]
             product = nodes.index_select(2, i) * nodes.index_select(2, j) * nodes.index_select(2, k)
@@ -84,6 +85,8 @@ class Contraction:
     """(R,) number of pairs of each output; the pairs are sorted by output."""
     plain: Monomials
     """The same polynomial without factorisation."""
+    sparse: PolynomialTables
+    """The same, factorised, for the kernels."""
     components: int
 
     def weights(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -97,16 +100,21 @@ class Contraction:
     def __call__(self, x: Tensor, pair_weights: Tensor, slices: Sequence[tuple[int, int, int]]) -> Tensor:
         """out (M, N, R, C).
 
-        Args: x: (M, N, n+1, C), the last component 1.   pair_weights: (E, M, C, P, n+1).
+        Args: x: (M, N, n, C).   pair_weights: (E, M, C, P, n+1).
             slices: (element, first node, last node + 1), nodes being sorted by element.
         """
-        x = x.permute(0, 3, 2, 1).contiguous()  # a product per channel
+        x = _with_one(x).permute(0, 3, 2, 1).contiguous()  # a product per channel
         of_element = pair_weights.unbind(0)
         nodes = x.split([b - a for _, a, b in slices], dim=-1)
         single = [torch.matmul(of_element[e], part) for (e, _, _), part in zip(slices, nodes, strict=True)]
         inner = single[0] if len(single) == 1 else torch.cat(single, dim=-1)
         terms = x.index_select(2, self.first) * x.index_select(2, self.second) * inner
         return torch.stack([part.sum(dim=2) for part in terms.split(self.segments, dim=2)], dim=2).permute(0, 3, 2, 1)
+
+
+def _with_one(x: Tensor) -> Tensor:
+    """(M, N, n + 1, C), the last component 1."""
+    return torch.cat([x, x.new_ones(1, 1, 1, 1).expand(*x.shape[:2], 1, x.shape[3])], dim=2)
 
 
 def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device: torch.device) -> Contraction:
@@ -116,11 +124,14 @@ def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device:
     counts: list[int] = []
     all_pairs: list[tuple[int, int]] = []
     owner: list[int] = []
+    terms: list[tuple[int, int, Array]] = []
     widths = [sum(u.shape[-1] for u in coupling.tensors) for coupling in couplings]
     polynomials = [_monomials(coupling.tensors, n) for coupling in couplings]
-    for k, outputs in zip(widths, polynomials, strict=True):
+    for number, (k, outputs) in enumerate(zip(widths, polynomials, strict=True)):
         first = max(owner, default=-1) + 1
         rows, pairs = _factorised(outputs, n)
+        around = (sum(widths[:number]), sum(widths[number + 1 :]))
+        terms += [(len(owner) + pair, single, np.pad(c, around)) for (single, pair), c in rows.items()]
         table = np.zeros((k, len(pairs), n + 1))
         for (single, pair), coefficients in rows.items():
             table[:, pair, single] += coefficients
@@ -137,6 +148,7 @@ def build_contraction(couplings: Sequence[Coupling], dtype: torch.dtype, device:
         second=factors[:, 1].contiguous(),
         segments=np.bincount(owner).tolist(),
         plain=_plain(polynomials, widths, n, dtype, device),
+        sparse=_sparse(terms, all_pairs, owner, sum(widths), dtype, device),
         components=n,
     )
 
@@ -158,6 +170,31 @@ def _plain(
     index = torch.tensor(terms, dtype=torch.int64, device=device)
     factors = (index[:, 0].contiguous(), index[:, 1].contiguous(), index[:, 2].contiguous())
     return Monomials(factors, torch.as_tensor(np.stack(columns, axis=1), dtype=dtype, device=device), segments)
+
+
+def _sparse(
+    terms: Sequence[tuple[int, int, Array]],
+    pairs: Sequence[tuple[int, int]],
+    owner: Sequence[int],
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PolynomialTables:
+    """Args: terms: (pair, single, coefficients (k,)).   pairs: (a, b).   owner: output of each pair."""
+    ordered = sorted(terms, key=lambda term: term[:2])
+    counts = np.bincount([pair for pair, _, _ in ordered], minlength=len(pairs))
+    table = np.stack([c for _, _, c in ordered], axis=1) if ordered else np.zeros((k, 0))
+
+    def integers(x: object) -> Tensor:
+        return torch.as_tensor(np.asarray(x, dtype=np.int64), device=device)
+
+    return PolynomialTables(
+        single=integers([single for _, single, _ in ordered]),
+        pair=integers([(a, b, r) for (a, b), r in zip(pairs, owner, strict=True)]),
+        start=integers(np.concatenate([[0], np.cumsum(counts)])),
+        table=torch.as_tensor(table, dtype=dtype, device=device),
+        outputs=max(owner) + 1,
+    )
 
 
 Pair = tuple[int, tuple[int, int]]

@@ -8,15 +8,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnn_driver.errors import ModelError
+from bnn_driver.potential import compiling
 from bnn_driver.potential.architecture import UnsupportedModel
 from bnn_driver.potential.compiling import Compiler, Mode
-from bnn_driver.potential.graph import build_graph
+from bnn_driver.potential.graph import Graph, build_graph
 from bnn_driver.potential.modules import ModulesPotential
 from bnn_driver.potential.params import repeat_weights
-from bnn_driver.potential.stacked import StackedPotential
+from bnn_driver.potential.stacked import PLAIN_PATH, StackedPotential
 from bnn_driver.records import Frames
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,14 @@ def make_potential(
     head: int = 0,
     check: Frames | None = None,
     compile: Mode = "off",
+    kernels: Literal["auto", "off"] = "auto",
 ) -> StackedPotential | ModulesPotential:
     """A potential for the elements in `numbers`.
 
     Args: path: "auto" takes the fast path when it covers the model and agrees with MACE's own code on `check`.
         head: index of the head.   check: frames for the comparison; a random cluster when not given.
-        compile: whether the fast path is compiled, see `compiling.Compiler`.
+        compile: whether the fast path is compiled, see `compiling.Compiler`.   kernels: "auto" takes those of `native` on a CPU where
+        they can be compiled.
     Raises: ModelError when an element is unknown, or "stacked" was asked for and cannot be had.
     """
     device = torch.device(device)
@@ -49,7 +52,8 @@ def make_potential(
         return _announced(ModulesPotential(module, elements, head, dtype, device, "asked for"))
     reference = ModulesPotential(module, elements, head, dtype, device, "reference")
     try:
-        stacked = StackedPotential(module, elements, head, dtype, device)
+        stacked = StackedPotential(module, elements, head, dtype, device, kernels=kernels == "auto")
+        _check_kernels(stacked, check or random_cluster(numbers))
         error = disagreement(stacked, reference, check or random_cluster(numbers))
         if error <= TOLERANCE[dtype]:
             stacked.compiler = Compiler(compile)
@@ -68,16 +72,48 @@ def make_potential(
 
 def disagreement(stacked: StackedPotential, reference: ModulesPotential, frames: Frames) -> float:
     """Largest difference of energies and forces of two slightly different members, relative to max(1, |F|)."""
-    weights = repeat_weights(reference.weights, 2)
-    generator = torch.Generator().manual_seed(0)
-    for x in weights.values():
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-        x.mul_(1 + 0.01 * noise)
+    weights = _perturbed(repeat_weights(reference.weights, 2))
     graph = build_graph(frames, stacked.cutoff, stacked.dtype, stacked.device)
     a, b = stacked.evaluate(weights, graph), reference.evaluate(weights, graph)
     size = max(1.0, float(b.forces.abs().max()))
     worst = max(float((a.forces - b.forces).abs().max()), float((a.energy - b.energy).abs().max()) / len(frames.numbers))
     return worst / size if np.isfinite(worst) else float("inf")
+
+
+def _check_kernels(stacked: StackedPotential, frames: Frames) -> None:
+    """Drops the kernels, with a warning, when they and the plain operations differ in values or in gradients of a loss."""
+    if not stacked.native:
+        return
+    weights = _perturbed(repeat_weights(stacked.weights, 2))
+    graph = build_graph(frames, stacked.cutoff, stacked.dtype, stacked.device)
+    found = _values_and_gradients(stacked, weights, graph)
+    native, stacked.native = stacked.native, []
+    error = compiling.disagreement(found, _values_and_gradients(stacked, weights, graph))
+    if error <= 1.0:
+        stacked.native = native
+        return
+    stacked.path = PLAIN_PATH
+    logger.warning("the kernels differ from the plain operations %.1f times the tolerance: they are not used", error)
+
+
+def _values_and_gradients(stacked: StackedPotential, weights: dict[str, Tensor], graph: Graph) -> list[Tensor]:
+    """Energies, forces and virials, and how a loss in all of them changes with every weight."""
+    plain = stacked.evaluate(weights, graph)
+    leaves = {name: x.detach().clone().requires_grad_(True) for name, x in weights.items()}
+    e = stacked.evaluate(leaves, graph, create_graph=True)
+    loss = e.energy.to(e.forces).square().sum() / graph.numbers.numel() + e.forces.square().sum() + e.virial.square().sum()
+    loss = loss + e.features.square().sum()
+    gradient = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return [plain.energy.to(plain.forces), plain.forces, plain.virial, plain.features, *gradient]
+
+
+def _perturbed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Members that differ by about a hundredth, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    for x in weights.values():
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        x.mul_(1 + 0.01 * noise)
+    return weights
 
 
 def random_cluster(numbers: Sequence[int]) -> Frames:

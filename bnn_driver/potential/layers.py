@@ -1,16 +1,39 @@
-"""The pieces of one layer of the fast path: radial networks, convolution, linear maps, readouts."""
+"""The pieces of one layer of the fast path: radial networks, convolution, linear maps, readouts; weights are folded ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bnn_driver.potential.architecture import Dense, ElementPart, Layer, LinearPart, Readout
+from bnn_driver.potential.arrangement import rows
 
 Slices = Sequence[tuple[int, int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Bonds:
+    """What the radial networks of one layer make of every bond."""
+
+    w: Tensor
+    """(M, Q, paths·C) weights of the convolution."""
+    dw: Tensor
+    """dw/dr, 1/Å."""
+    rho: Tensor | None
+    """(M, Q, 1) contribution to the density, where the model has one."""
+    drho: Tensor | None
+
+    def leaves(self, w: bool) -> list[Tensor]:
+        """What the energy is differentiated by on its way to the bond lengths, w among it or not."""
+        return [x for x in (self.w if w else None, self.rho) if x is not None]
+
+    def slopes(self, w: bool) -> list[Tensor]:
+        """Their derivatives along the bonds."""
+        return [x for x in (self.dw if w else None, self.drho) if x is not None]
 
 
 def forward_mode(network: Dense, weights: Mapping[str, Tensor], x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,8 +43,8 @@ def forward_mode(network: Dense, weights: Mapping[str, Tensor], x: Tensor, dx: T
     """
     q = x.shape[1]
     h = torch.cat([x, dx], dim=1)
-    for i, (name, scale) in enumerate(zip(network.names, network.scales, strict=True)):
-        w = weights[name] * scale
+    for i, name in enumerate(network.names):
+        w = weights[name]
         h = torch.bmm(h if len(h) == len(w) else h.expand(len(w), *h.shape[1:]), w)
         if i < len(network.names) - 1:
             value, slope = h.split(q, dim=1)
@@ -33,14 +56,14 @@ def forward_mode(network: Dense, weights: Mapping[str, Tensor], x: Tensor, dx: T
 
 
 def matrix(weight: Tensor, part: LinearPart) -> Tensor:
-    """(M, rows, columns) of one output block, scaled."""
-    return _block(weight, part.start, part.rows * part.columns).view(-1, part.rows, part.columns) * part.scale
+    """(M, rows, columns) of one output block."""
+    return _block(weight, part.start, part.rows * part.columns).view(-1, part.rows, part.columns)
 
 
 def element_matrix(weight: Tensor, part: ElementPart) -> Tensor:
-    """(M, elements, in, out), scaled."""
+    """(M, elements, in, out)."""
     a, e, c = part.shape
-    return _block(weight, part.start, a * e * c).view(-1, a, e, c).transpose(1, 2) * part.scale
+    return _block(weight, part.start, a * e * c).view(-1, a, e, c).transpose(1, 2)
 
 
 def _block(weight: Tensor, start: int, size: int) -> Tensor:
@@ -58,16 +81,15 @@ def by_element(x: Tensor, w: Tensor, slices: Slices, width: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def convolve(layer: Layer, w: Tensor, sources: Sequence[Tensor | None], y: Tensor) -> dict[int, Tensor]:
-    """Messages summed over neighbours, by slot of the tensor product: (M·N, 2 l3 + 1, C), each still to be scaled.
+def convolve(layer: Layer, w: Tensor, sources: Sequence[Tensor | None], y: Tensor, edge_pair: Tensor) -> list[Tensor | None]:
+    """Messages summed over neighbours, per contracted block: (M, N·(2l+1), slots·C); None where nothing arrives.
 
-    Args: w: (M, E, paths·C [+ 1]).   sources: per block (M, E, 2 l1 + 1, C).   y: (M·N, K, n) harmonics.
+    Args: w: (M, Q, paths·C) of the bonds.   sources: per block (M, E, 2 l1 + 1, C).   y: (M, N, K, n) harmonics.   edge_pair: (L, E) bond.
     """
-    m, e = w.shape[:2]
-    nodes, k, _ = y.shape
-    c, n_paths = layer.channels, len(layer.paths)
-    per_path = (w if w.shape[-1] == n_paths * c else w[..., : n_paths * c]).reshape(m, e, n_paths, c)
-    degrees = y.transpose(1, 2).split([2 * degree + 1 for degree in range(math.isqrt(y.shape[-1]))], dim=1)
+    m, n, k, _ = y.shape
+    nodes, c, n_paths = m * n, layer.channels, len(layer.paths)
+    per_path = rows(w, edge_pair).view(m, n * k, n_paths, c)
+    degrees = y.reshape(nodes, k, -1).transpose(1, 2).split([2 * degree + 1 for degree in range(math.isqrt(y.shape[-1]))], dim=1)
     only = sources[0] if len(sources) == 1 else None
     if only is not None and only.shape[2] == 1:  # scalars alone: one product for all paths
         columns = list((per_path * only).view(nodes, k, n_paths * c).split(c, dim=-1))
@@ -77,31 +99,30 @@ def convolve(layer: Layer, w: Tensor, sources: Sequence[Tensor | None], y: Tenso
         for p, path in enumerate(layer.paths):
             x = sources[path.source]
             columns.append(y.new_zeros(nodes, k, c * (2 * path.l1 + 1)) if x is None else (w_of[p] * x).view(nodes, k, -1))
-    out = {}
+    slots = {}
     for path, z in zip(layer.paths, columns, strict=True):
         summed = torch.bmm(degrees[path.l2], z)
         if path.coupling is not None:
             summed = torch.matmul(path.coupling, summed.view(nodes, -1, c))
-        out[path.target] = summed.view(nodes, 2 * path.l3 + 1, c)
-    return out
-
-
-def mix(layer: Layer, weights: Mapping[str, Tensor], mid: Mapping[int, Tensor], m: int, slices: Slices) -> list[Tensor | None]:
-    """Messages mixed over paths and channels, per contracted block: (M, N·(2l+1), C); None where nothing arrives."""
-    scale = {path.target: path.scale for path in layer.paths}
+        slots[path.target] = summed.view(nodes, 2 * path.l3 + 1, c)
     out: list[Tensor | None] = []
-    for number, (degree, part) in enumerate(zip(layer.degrees, layer.mid.parts, strict=True)):
+    for part in layer.mid.parts:
         if part is None:
             out.append(None)
             continue
-        x = mid[part.inputs[0]] if len(part.inputs) == 1 else torch.cat([mid[i] for i in part.inputs], dim=-1)
-        x = x.view(m, -1, part.rows)
+        x = slots[part.inputs[0]] if len(part.inputs) == 1 else torch.cat([slots[i] for i in part.inputs], dim=-1)
+        out.append(x.view(m, -1, part.rows))
+    return out
+
+
+def mix(layer: Layer, weights: Mapping[str, Tensor], messages: Sequence[Tensor | None], slices: Slices) -> list[Tensor | None]:
+    """Messages mixed over paths and channels, per contracted block: (M, N·(2l+1), C).  Args: messages: see `convolve`."""
+    out: list[Tensor | None] = []
+    for number, (degree, part, x) in enumerate(zip(layer.degrees, layer.mid.parts, messages, strict=True)):
+        if part is None or x is None:
+            out.append(None)
+            continue
         w = matrix(weights[layer.mid.weight], part)
-        factors = [scale[i] / layer.neighbours for i in part.inputs]
-        if len(set(factors)) == 1:
-            w = w * factors[0]
-        else:
-            w = w * torch.tensor(factors, dtype=w.dtype, device=w.device).repeat_interleave(layer.channels).view(1, -1, 1)
         if layer.residual:
             out.append(torch.bmm(x, w))
         else:
@@ -129,9 +150,9 @@ def product(layer: Layer, weights: Mapping[str, Tensor], contracted: Tensor, ski
 def read(readout: Readout, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Energy per node (M, N).  Args: x: (M, N, C) scalars."""
     m, n, c = x.shape
-    first = weights[readout.first].view(m, c, -1) * readout.scale
+    first = weights[readout.first].view(m, c, -1)
     h = torch.bmm(x, first)
     if readout.second is None:
         return h.view(m, n)
-    second = weights[readout.second].view(m, -1, 1) * (readout.second_scale * readout.gain)
+    second = weights[readout.second].view(m, -1, 1)
     return torch.bmm(torch.nn.functional.silu(h), second).view(m, n)

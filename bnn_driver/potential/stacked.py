@@ -21,13 +21,19 @@ from bnn_driver.potential.architecture import Architecture, Layer, read_architec
 from bnn_driver.potential.arrangement import Arranged, Sorting, arrange, edge_sums, rows, sort_atoms
 from bnn_driver.potential.compiling import Compiler
 from bnn_driver.potential.contract import Evaluation
+from bnn_driver.potential.contraction import Contraction, Monomials
+from bnn_driver.potential.folding import EMBEDDING, fold, folding_factors
 from bnn_driver.potential.geometry import envelope
 from bnn_driver.potential.graph import Graph
-from bnn_driver.potential.layers import by_element, convolve, element_matrix, forward_mode, matrix, mix, product, read
+from bnn_driver.potential.layers import Bonds, by_element, convolve, element_matrix, forward_mode, matrix, mix, product, read
+from bnn_driver.potential.native.convolution import Convolution, layer_tables, refusal
+from bnn_driver.potential.native.polynomial import PolynomialTables
 from bnn_driver.potential.pruning import SampledWeights
 
+PLAIN_PATH = "stacked: all members at once"
 _PAIRS = "pairs."
-_COEFFICIENTS = "monomials."
+_MONOMIALS = "monomials."
+_TERMS = "terms."
 _FEW_NODES = 64
 """Nodes up to which a compiled contraction goes term by term."""
 Weights = Mapping[str, Tensor]
@@ -36,8 +42,10 @@ Weights = Mapping[str, Tensor]
 class StackedPotential:
     """The fast path; see `Potential` for the contract."""
 
-    def __init__(self, module: Any, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises: UnsupportedModel when a part of the model is not covered."""
+    def __init__(
+        self, module: Any, elements: tuple[int, ...], head: int, dtype: torch.dtype, device: torch.device, kernels: bool = False
+    ) -> None:
+        """Args: kernels: use those of `native` where they can be had.   Raises: UnsupportedModel when a part of the model is not covered."""
         self.compiler = Compiler("off")
         self.module = module
         self.head = head
@@ -48,8 +56,12 @@ class StackedPotential:
         self.sampled = SampledWeights(module, elements, head, dtype, device)
         self.weights = self.sampled.theta()
         self.never_sampled = self.sampled.never_sampled
-        self.path = "stacked: all members at once"
         self.tables: Architecture = read_architecture(module, self.sampled, head, dtype, device)
+        why = refusal(self.tables.layers, dtype, device) if kernels else "not asked for"
+        self.native = [] if why else [layer_tables(layer, dtype) for layer in self.tables.layers]
+        """Tables of the kernels, layer by layer; empty without them."""
+        self.path = f"{PLAIN_PATH}; no kernels: {why}" if why else f"{PLAIN_PATH}, in kernels"
+        self._factors = folding_factors(self.tables, self.weights)
         self.edge_width = max(len(layer.paths) * layer.channels for layer in self.tables.layers)
         self.n_features = sum(_width(layer, self.weights) for layer in self.tables.layers[-2:])
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
@@ -58,13 +70,12 @@ class StackedPotential:
         self._sorted: Sorting | None = None
 
     def prepare(self, weights: Weights) -> Weights:
-        """Weights with the contraction's pair weights, which depend on them alone."""
-        out = dict(weights)
+        """Weights with all constant factors, and the coefficients of the contraction that follow from them."""
+        out = fold(weights, self._factors)
         for t, layer in enumerate(self.tables.layers):
             groups = self._contraction_weights(layer, weights)
-            out[f"{_PAIRS}{t}"] = layer.contraction.weights(groups)
-            if self.compiler.active:
-                out[f"{_COEFFICIENTS}{t}"] = layer.contraction.plain.weights(groups)
+            for name, contraction in self._contraction_forms(layer):
+                out[f"{name}{t}"] = contraction.weights(groups)
         return out
 
     def evaluate(self, weights: Weights, graph: Graph, *, create_graph: bool = False) -> Evaluation:
@@ -90,6 +101,8 @@ class StackedPotential:
         return self._sorted
 
     def _evaluate(self, weights: Weights, g: Arranged, create_graph: bool) -> Evaluation:
+        if not any(f"{name}0" in weights for name, _ in self._contraction_forms(self.tables.layers[0])):
+            weights = self.prepare(weights)
         members = len(next(iter(weights.values())))
         with torch.no_grad():
             length, harmonics, slopes, basis = self._geometry(g)
@@ -97,14 +110,24 @@ class StackedPotential:
         with torch.set_grad_enabled(create_graph):
             radial = [self._radial(layer, weights, basis) for layer in self.tables.layers]
         with torch.enable_grad():
-            leaves = [r[0] if create_graph else r[0].requires_grad_(True) for r in radial]
-            y = harmonics.expand(members, *harmonics.shape[1:]).clone().requires_grad_(True)
-            node_energy, features = self._network(weights, y, leaves, g)
-            grads = torch.autograd.grad(node_energy.sum(), [y, *leaves], create_graph=create_graph)
+            y = harmonics.expand(members, *harmonics.shape[1:])
+            y = (y.clone() if create_graph else y.detach()).requires_grad_(True)
+            r = None
+            if self.native and not create_graph:
+                r = radial[0].w.new_zeros(radial[0].w.shape[:2]).requires_grad_(True)
+            leaves = [leaf for bonds in radial for leaf in bonds.leaves(w=r is None)]
+            if not create_graph:
+                leaves = [leaf.requires_grad_(True) for leaf in leaves]
+            inputs = [y, *leaves] if r is None else [y, r, *leaves]
+            node_energy, features = self._network(weights, y, radial, r, g)
+            gradient_y, *grads = torch.autograd.grad(node_energy.sum(), inputs, create_graph=create_graph)
         with torch.set_grad_enabled(create_graph):
-            slope = torch.stack([(gw * dw).sum(dim=-1) for gw, (_, dw) in zip(grads[1:], radial, strict=True)]).sum(dim=0)
+            slope = node_energy.new_zeros(()) if r is None else grads.pop(0)
+            slopes_of = [change for bonds in radial for change in bonds.slopes(w=r is None)]
+            for gradient, change in zip(grads, slopes_of, strict=True):
+                slope = slope + (gradient * change).sum(dim=-1)
             node_energy, slope = self._with_repulsion(node_energy, slope, g, length)
-            forces, virial = edge_sums(grads[0], slope, slopes, unit, g)
+            forces, virial = edge_sums(gradient_y, slope, slopes, unit, g)
             energy = self._total(node_energy, g)
         if not create_graph:
             energy, features = energy.detach(), features.detach()
@@ -123,29 +146,32 @@ class StackedPotential:
         basis = (values * g.bond, value_slopes * g.bond, cut * g.bond, cut_slopes * g.bond)
         return length, harmonics, slopes, basis
 
-    def _radial(self, layer: Layer, weights: Weights, basis: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Convolution weights w (M, Q, paths·C [+ 1 density]) of every bond, and dw/dr."""
+    def _radial(self, layer: Layer, weights: Weights, basis: tuple[Tensor, ...]) -> Bonds:
+        """What the radial networks make of every bond."""
         values, slopes, cut, cut_slopes = basis
         w, dw = forward_mode(layer.radial, weights, values, slopes)
+        rho = drho = None
         if layer.density is not None:
             q, dq = forward_mode(layer.density, weights, values, slopes)
             rho = torch.tanh(q * q)
-            w, dw = torch.cat([w, rho], dim=-1), torch.cat([dw, (1 - rho * rho) * 2 * q * dq], dim=-1)
+            drho = (1 - rho * rho) * 2 * q * dq
         if not self.tables.radial.inside:
             w, dw = w * cut, dw * cut + w * cut_slopes
-        return w, dw
+            if rho is not None and drho is not None:
+                rho, drho = rho * cut, drho * cut + rho * cut_slopes
+        return Bonds(w, dw, rho, drho)
 
     # ---- network
 
-    def _network(self, weights: Weights, y: Tensor, radial: list[Tensor], g: Arranged) -> tuple[Tensor, Tensor]:
-        """Interaction energy of each node (M, N) and features (M, N, F)."""
+    def _network(self, weights: Weights, y: Tensor, radial: list[Bonds], r: Tensor | None, g: Arranged) -> tuple[Tensor, Tensor]:
+        """Interaction energy of each node (M, N) and features (M, N, F).  Args: r: see `Convolution.along_bonds`, where it is used."""
         m, n = len(y), g.kind.numel()
-        embedding = weights["node_embedding.linear.weight"].view(m, len(self.elements), -1) * self.tables.embedding_scale
+        embedding = weights[EMBEDDING].view(m, len(self.elements), -1)
         blocks: list[Tensor] = []
         energy = y.new_zeros(m, n)
         scalars = []
         for t, layer in enumerate(self.tables.layers):
-            message = self._messages(layer, weights, embedding if t == 0 else None, blocks, y, radial[t], g)
+            message = self._messages(t, weights, embedding if t == 0 else None, blocks, y, radial[t], r, g)
             contracted = self._contract(t, weights, message, g)
             skip = self._skip(layer, weights, embedding if t == 0 else None, blocks, g)
             blocks = product(layer, weights, contracted, skip)
@@ -157,39 +183,40 @@ class StackedPotential:
 
     def _messages(
         self,
-        layer: Layer,
+        t: int,
         weights: Weights,
         embedding: Tensor | None,
         blocks: list[Tensor],
         y: Tensor,
-        radial: Tensor,
+        bonds: Bonds,
+        r: Tensor | None,
         g: Arranged,
     ) -> Tensor:
-        """Summed, mixed messages with a constant 1 behind: (M, N, n + 1, C)."""
+        """Summed, mixed messages (M, N, n, C)."""
+        layer = self.tables.layers[t]
         m, n, k = len(y), g.kind.numel(), g.shape[2]
-        w = rows(radial, g.pair)  # (M, E, paths·C [+ 1])
-        sources = self._sources(layer, weights, embedding, blocks, g)
-        mid = convolve(layer, w, sources, y.view(m * n, k, -1))
+        up = self._up(layer, weights, embedding, blocks)
+        if self.native:
+            summed = self._convolved(t, up, y, bonds, r, g)
+        else:
+            index = g.source if embedding is None else g.source_kind
+            sources = [None if x is None else rows(x.flatten(2), index).view(m, -1, *x.shape[2:]) for x in up]
+            summed = convolve(layer, bonds.w, sources, y.view(m, n, k, -1), g.pair)
         density = None
-        if layer.density is not None:
-            density = 1.0 + w[..., -1].view(m, n, k).sum(dim=-1)  # (M, N)
-        mixed = mix(layer, weights, mid, m, g.slices)
+        if bonds.rho is not None:
+            density = 1.0 + rows(bonds.rho, g.pair).view(m, n, k).sum(dim=-1)  # (M, N)
         out = []
-        for degree, x in zip(layer.degrees, mixed, strict=True):
+        for degree, x in zip(layer.degrees, mix(layer, weights, summed, g.slices), strict=True):
             d = 2 * degree + 1
             block = y.new_zeros(m, n, d, layer.mixed) if x is None else x.view(m, n, d, -1)
             out.append(block if density is None else block / density[:, :, None, None])
-        out.append(y.new_ones(1, 1, 1, 1).expand(m, n, 1, out[0].shape[3]))
         return torch.cat(out, dim=2)
 
-    def _sources(
-        self, layer: Layer, weights: Weights, embedding: Tensor | None, blocks: list[Tensor], g: Arranged
-    ) -> list[Tensor | None]:
-        """Per block of the neighbours' features: (M, E, 2l+1, C)."""
+    def _up(self, layer: Layer, weights: Weights, embedding: Tensor | None, blocks: list[Tensor]) -> list[Tensor | None]:
+        """Features that neighbours send, per block: of nodes (M, N, 2l+1, C), or of elements (M, elements, 1, C)."""
         if embedding is not None:
             (first,) = [part for part in layer.up.parts if part is not None]
-            up = torch.bmm(embedding, matrix(weights[layer.up.weight], first))
-            return [rows(up, g.source_kind).unsqueeze(2)]
+            return [torch.bmm(embedding, matrix(weights[layer.up.weight], first)).unsqueeze(2)]
         out: list[Tensor | None] = []
         for part in layer.up.parts:
             if part is None:
@@ -197,9 +224,19 @@ class StackedPotential:
                 continue
             (i,) = part.inputs
             m, n, d, c = blocks[i].shape
-            up = torch.bmm(blocks[i].view(m, n * d, c), matrix(weights[layer.up.weight], part))
-            out.append(rows(up.view(m, n, -1), g.source).view(m, -1, d, part.columns))
+            out.append(torch.bmm(blocks[i].reshape(m, n * d, c), matrix(weights[layer.up.weight], part)).view(m, n, d, -1))
         return out
+
+    def _convolved(
+        self, t: int, up: list[Tensor | None], y: Tensor, bonds: Bonds, r: Tensor | None, g: Arranged
+    ) -> list[Tensor | None]:
+        """The convolution by the kernels, see `layers.convolve`."""
+        there = [x for x in up if x is not None]
+        x = there[0] if len(there) == 1 else torch.cat(there, dim=2)
+        convolution = Convolution.on(self.native[t], g, g.source_kind if t == 0 else g.source, inner_x=t > 0)
+        found = convolution(bonds.w, x, y) if r is None else convolution.along_bonds(r, bonds.w, bonds.dw, x, y)
+        rest = iter(found)
+        return [None if part is None else next(rest) for part in self.tables.layers[t].mid.parts]
 
     def _skip(
         self, layer: Layer, weights: Weights, embedding: Tensor | None, blocks: list[Tensor], g: Arranged
@@ -220,14 +257,18 @@ class StackedPotential:
         return out
 
     def _contract(self, t: int, weights: Weights, message: Tensor, g: Arranged) -> Tensor:
-        """Contracted messages (M, N, R, C), in the form that is fastest for so many nodes."""
-        layer = self.tables.layers[t]
-        plain = self.compiler.tracing and g.kind.numel() <= _FEW_NODES
-        name, contract = (_COEFFICIENTS, layer.contraction.plain) if plain else (_PAIRS, layer.contraction)
-        prepared = weights.get(f"{name}{t}")
-        if prepared is None:
-            prepared = contract.weights(self._contraction_weights(layer, weights))
-        return contract(message, prepared, g.slices)
+        """Contracted messages (M, N, R, C)."""
+        forms = dict(self._contraction_forms(self.tables.layers[t]))
+        plain = self.compiler.tracing and g.kind.numel() <= _FEW_NODES and _MONOMIALS in forms
+        name = _MONOMIALS if plain else next(iter(forms))
+        return forms[name](message, weights[f"{name}{t}"], g.slices)
+
+    def _contraction_forms(self, layer: Layer) -> list[tuple[str, Contraction | Monomials | PolynomialTables]]:
+        """The forms of the contraction that may be used, by the name of their coefficients; the first unless few nodes are compiled."""
+        if self.native:
+            return [(_TERMS, layer.contraction.sparse)]
+        forms: list[tuple[str, Contraction | Monomials | PolynomialTables]] = [(_PAIRS, layer.contraction)]
+        return [*forms, (_MONOMIALS, layer.contraction.plain)] if self.compiler.active else forms
 
     def _contraction_weights(self, layer: Layer, weights: Weights) -> list[list[Tensor]]:
         """Per output irrep and ν: (M, E, k_ν, C)."""

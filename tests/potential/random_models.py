@@ -16,7 +16,8 @@ from bnn_driver.records import Frames
 VARIANTS: dict[str, dict[str, Any]] = {
     "residual": {},
     "first layer without skip": {"first": "RealAgnosticInteractionBlock", "hidden": "8x0e"},
-    "lmax 2, correlation 3": {"hidden": "4x0e+4x1o+4x2e", "max_ell": 3, "correlation": 3},
+    "few channels": {"hidden": "4x0e+4x1o"},
+    "lmax 2, correlation 3": {"hidden": "8x0e+8x1o+8x2e", "max_ell": 3, "correlation": 3},
     "one layer": {"num_interactions": 1},
     "three layers": {"num_interactions": 3},
     "density": {"first": "RealAgnosticDensityInteractionBlock", "other": "RealAgnosticDensityResidualInteractionBlock"},

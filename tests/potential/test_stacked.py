@@ -27,9 +27,11 @@ REAL = [
 ]
 
 
-def both(module: torch.nn.Module, numbers: Any, head: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
-    """The fast path and the reference."""
-    stacked = make_potential(module, numbers, dtype, CPU, path="stacked", head=head)
+def both(
+    module: torch.nn.Module, numbers: Any, head: int = 0, kernels: Any = "auto", dtype: torch.dtype = torch.float64
+) -> tuple[Any, Any]:
+    """The fast path, with compiled kernels where there are some, and the reference."""
+    stacked = make_potential(module, numbers, dtype, CPU, path="stacked", head=head, kernels=kernels)
     reference = make_potential(module, numbers, dtype, CPU, path="modules", head=head)
     assert isinstance(stacked, StackedPotential)
     assert isinstance(reference, ModulesPotential)
@@ -51,9 +53,11 @@ def training_gradient(potential: Any, weights: dict[str, torch.Tensor], graph: G
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("kernels", ["auto", "off"])
 @pytest.mark.parametrize("frames", [molecules(2), crystals(2)], ids=["molecules", "small triclinic cells"])
-def test_fast_path_equals_maces_modules(name: str, frames: Frames) -> None:
-    stacked, reference = both(random_mace(**VARIANTS[name]), frames.numbers, head=int("heads" in name))
+def test_fast_path_equals_maces_modules(name: str, kernels: str, frames: Frames) -> None:
+    stacked, reference = both(random_mace(**VARIANTS[name]), frames.numbers, int("heads" in name), kernels)
+    assert bool(stacked.native) == (kernels == "auto" and name != "few channels"), stacked.path
     weights = members(reference.weights, 2)
     graph = graph_of(frames, stacked)
     a, b = stacked.evaluate(weights, graph), reference.evaluate(weights, graph)
@@ -64,30 +68,31 @@ def test_fast_path_equals_maces_modules(name: str, frames: Frames) -> None:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_both_forms_of_the_contraction_are_the_same_polynomial(name: str) -> None:
-    """Pairs, and monomials term by term (used compiled, for few nodes)."""
-    module = random_mace(**VARIANTS[name])
-    potential, _ = both(module, [1, 6, 8], head=int("heads" in name))
-    weights = potential.prepare(members(potential.weights, 2))
+def test_all_forms_of_the_contraction_are_the_same_polynomial(name: str) -> None:
+    """Pairs, monomials term by term (used compiled, for few nodes), and the factorised terms of the kernels."""
+    potential, _ = both(random_mace(**VARIANTS[name]), [1, 6, 8], int("heads" in name))
+    weights = members(potential.weights, 2)
     generator = torch.Generator().manual_seed(3)
     slices = ((0, 0, 2), (2, 2, 7))
     for layer in potential.tables.layers:
         contraction = layer.contraction
         groups = potential._contraction_weights(layer, weights)
-        x = torch.randn(2, 7, contraction.components + 1, layer.mixed, dtype=torch.float64, generator=generator)
-        x[:, :, -1] = 1.0
+        x = torch.randn(2, 7, contraction.components, layer.mixed, dtype=torch.float64, generator=generator)
         a = contraction(x, contraction.weights(groups), slices)
-        b = contraction.plain(x, contraction.plain.weights(groups), slices)
-        assert a.shape == b.shape
-        assert (a - b).abs().max() <= 1e-12 * float(a.abs().max())
+        forms = [contraction.plain, contraction.sparse] if potential.native else [contraction.plain]
+        for form in forms:
+            b = form(x, form.weights(groups), slices)
+            assert a.shape == b.shape
+            assert (a - b).abs().max() <= 1e-12 * float(a.abs().max())
 
 
 @pytest.mark.parametrize(
-    "name", ["residual", "first layer without skip", "lmax 2, correlation 3", "density", "second of two heads"]
+    "name", ["residual", "first layer without skip", "lmax 2, correlation 3", "density", "second of two heads", "three layers"]
 )
-def test_training_gradient_equals_maces_double_backward(name: str) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_training_gradient_equals_maces_double_backward(name: str, kernels: str) -> None:
     frames = crystals(2)
-    stacked, reference = both(random_mace(**VARIANTS[name]), frames.numbers, head=int("heads" in name))
+    stacked, reference = both(random_mace(**VARIANTS[name]), frames.numbers, int("heads" in name), kernels)
     weights = members(reference.weights, 2)
     graph = graph_of(frames, stacked)
     ours, theirs = training_gradient(stacked, weights, graph), training_gradient(reference, weights, graph)
