@@ -34,8 +34,8 @@ class Potential(Protocol):
     """A network whose weights are an argument; it keeps the foundation weights θ_0 but no state.
 
     `weights` holds θ_0 without a member axis; `evaluate` takes weights of the same names with one in front.
-    `prepare` may add entries that depend on the weights alone, so that frames can be evaluated many times with
-    the same weights; what it returns is only good for `evaluate`, never for the sampler.
+    `prepare` may change and add entries that depend on the weights alone, so that frames can be evaluated many times
+    with the same weights; what it returns is only good for `evaluate`, never for the sampler.
     """
 
     elements: tuple[int, ...]
@@ -56,6 +56,11 @@ class Potential(Protocol):
     """Numbers per edge and member in the largest tensor of an evaluation."""
     compiler: Compiler
     """Runs functions built on `evaluate`, compiled where that was asked for."""
+
+    @property
+    def together(self) -> int:
+        """Bytes of such tensors up to which members are better evaluated together on a CPU, see `planning`."""
+        ...
 
     def prepare(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Weights with what follows from them alone.  Args: weights: name -> (M, ...)."""

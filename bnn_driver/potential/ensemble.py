@@ -133,7 +133,7 @@ class Ensemble:
         shape = (self.members, *graph.source.shape)
         if shape not in self._plans:
             per_frame = graph.source[0].numel() * self.potential.edge_width * self.potential.dtype.itemsize
-            found = plan(self.members, graph.lead[0], per_frame, self.potential.device)
+            found = plan(self.members, graph.lead[0], per_frame, self.potential.device, together=self.potential.together)
             if self.member_chunk is not None:
                 found = Plan(self.member_chunk, found.frames)
             if found not in self._plans.values():

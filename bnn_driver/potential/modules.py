@@ -12,6 +12,7 @@ from torch import Tensor
 from bnn_driver.potential.compiling import Compiler
 from bnn_driver.potential.contract import Evaluation
 from bnn_driver.potential.graph import Graph
+from bnn_driver.potential.planning import CACHE
 from bnn_driver.potential.pruning import SampledWeights
 
 
@@ -40,7 +41,7 @@ class ModulesPotential:
         self.never_sampled = self.sampled.never_sampled
         self.path = f"modules: MACE's own code, one member after the other ({why})"
         self._columns = _invariant_columns(module, device)
-        self.edge_width = 1  # one member at a time in any case
+        self.edge_width, self.together = 1, CACHE  # one member at a time in any case
         self.n_features = len(self._columns)
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)

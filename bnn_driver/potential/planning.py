@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-#: bytes of edge tensors up to which members are better evaluated together than one by one on a CPU: they then stay in its cache
+#: bytes of edge tensors up to which members are better evaluated together than one by one on a CPU: while they stay in its cache
 CACHE = 2 * 2**20
+#: the same for code that hardly stores anything per edge: measured, eight members are as fast together as apart at 130 MiB and slower above
+STREAMED = 128 * 2**20
 #: copies of an edge tensor that are alive at the peak of an evaluation with forces (measured: 8 to 13)
 COPIES = 14
 #: share of the free memory that an evaluation may take
@@ -26,17 +28,20 @@ class Plan:
     frames: int
 
 
-def plan(members: int, frames: int, bytes_per_frame: int, device: torch.device, memory: int | None = None) -> Plan:
+def plan(
+    members: int, frames: int, bytes_per_frame: int, device: torch.device, memory: int | None = None, together: int = CACHE
+) -> Plan:
     """The fastest split that fits.
 
-    On a CPU members go together while their edges fit into the cache; on a GPU, whose launches cost more than its arithmetic,
-    as many as fit into memory.
+    On a CPU members go together up to `together` bytes; on a GPU, whose launches cost more than its arithmetic, as many as fit into
+    memory.
 
     Args: bytes_per_frame: of the largest edge tensor of one member and frame.   memory: bytes to use; what is free when not given.
+        together: `CACHE` or `STREAMED`.
     """
     memory = int(SHARE * free_memory(device)) if memory is None else memory
     fitting = max(1, memory // (COPIES * max(1, bytes_per_frame)))  # members x frames
-    at_once = fitting if device.type == "cuda" else min(fitting, max(frames, CACHE // max(1, bytes_per_frame)))
+    at_once = fitting if device.type == "cuda" else min(fitting, max(frames, together // max(1, bytes_per_frame)))
     if at_once < frames:
         return Plan(1, at_once)
     return Plan(min(members, max(1, at_once // frames)), frames)

@@ -5,8 +5,9 @@ Three choices make it fast:
 - the radial networks run once per bond, not per direction, on value and derivative dw/dr together (forward mode), and the
   harmonics come with their derivatives, so that reverse mode never enters the geometry: with gY = ∂E/∂Y and gw = ∂E/∂w
   the force on an edge is gY·dY/dr + (gw·dw/dr) r/|r|, and the second derivative of training is one reverse pass;
-- messages are summed over the neighbours of a node by one small matrix product, never stored per edge;
-- the symmetric contraction is the sparse polynomial of `contraction.py`.
+- messages are summed over the neighbours of a node where they are made, never stored per edge (`native`, on CPUs), or by one small
+  matrix product per path;
+- the symmetric contraction is the sparse polynomial of `contraction.py`, by `native` or by matrix products.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from bnn_driver.potential.graph import Graph
 from bnn_driver.potential.layers import Bonds, by_element, convolve, element_matrix, forward_mode, matrix, mix, product, read
 from bnn_driver.potential.native.convolution import Convolution, layer_tables, refusal
 from bnn_driver.potential.native.polynomial import PolynomialTables
+from bnn_driver.potential.planning import CACHE, STREAMED
 from bnn_driver.potential.pruning import SampledWeights
 
 PLAIN_PATH = "stacked: all members at once"
@@ -68,6 +70,11 @@ class StackedPotential:
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)[self.sampled.element_index]
         self._z = torch.tensor(elements, device=device)
         self._sorted: Sorting | None = None
+
+    @property
+    def together(self) -> int:
+        """See `Potential.together`."""
+        return STREAMED if self.native else CACHE
 
     def prepare(self, weights: Weights) -> Weights:
         """Weights with all constant factors, and the coefficients of the contraction that follow from them."""

@@ -17,6 +17,7 @@ from bnn_driver.potential.compiling import Compiler
 from bnn_driver.potential.contract import Evaluation
 from bnn_driver.potential.edges import edge_forces, edge_virial
 from bnn_driver.potential.graph import Graph
+from bnn_driver.potential.planning import CACHE
 
 _CENTRES = 8
 _HIDDEN = 8
@@ -42,7 +43,7 @@ class ToyPotential:
         self.path = "toy: pair potential for tests"
         self.compiler = Compiler("off")
         self.never_sampled: tuple[str, ...] = ()
-        self.edge_width = _CENTRES
+        self.edge_width, self.together = _CENTRES, CACHE
         self.n_features = 2 * _CENTRES
         self.weights = _initial(self.elements, generator or torch.Generator().manual_seed(0), dtype, self.device)
         pairs = list(itertools.combinations_with_replacement(range(len(self.elements)), 2))

@@ -9,7 +9,7 @@ from random_models import crystals, members
 
 from bnn_driver.potential import ensemble as evaluator
 from bnn_driver.potential.ensemble import Ensemble
-from bnn_driver.potential.planning import CACHE, COPIES, Plan, free_memory, keep_freed_memory, plan
+from bnn_driver.potential.planning import CACHE, COPIES, STREAMED, Plan, free_memory, keep_freed_memory, plan
 from bnn_driver.potential.toy import ToyPotential
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -22,6 +22,8 @@ def test_small_work_goes_together_and_large_work_member_by_member() -> None:
     assert plan(8, 32, CACHE // 8, CPU, MUCH) == Plan(1, 32)
     assert plan(8, 1, 10 * CACHE, CPU, MUCH) == Plan(1, 1)
     assert plan(8, 32, CACHE, GPU, MUCH) == Plan(8, 32)
+    assert plan(8, 1, STREAMED // 8, CPU, MUCH, STREAMED) == Plan(8, 1)
+    assert plan(8, 1, STREAMED // 4, CPU, MUCH, STREAMED) == Plan(4, 1)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
@@ -38,7 +40,7 @@ def test_split_frames_and_members_give_the_same_prediction(monkeypatch: pytest.M
     frames, weights = crystals(5), members(toy.weights, 4)
     whole = Ensemble(toy, weights, 0, None).predict(frames)
     for split in (Plan(1, 1), Plan(3, 2), Plan(4, 4)):
-        monkeypatch.setattr(evaluator, "plan", lambda *args, split=split: split)
+        monkeypatch.setattr(evaluator, "plan", lambda *args, split=split, **_: split)
         parts = Ensemble(toy, weights, 0, None).predict(frames)
         assert parts.energy.shape == whole.energy.shape == (4, 5)
         assert np.abs(parts.energy - whole.energy).max() < 1e-12
