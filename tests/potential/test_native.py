@@ -215,6 +215,11 @@ def test_compiled_once(elsewhere: Path) -> None:
     assert file.stat().st_mtime_ns == made
 
 
+def test_loading_leaves_the_arithmetic_of_the_process_alone(elsewhere: Path) -> None:
+    load_kernels()
+    assert torch.tensor(5e-324, dtype=torch.float64) * torch.tensor(1.0, dtype=torch.float64) > 0
+
+
 def test_without_a_compiler(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(elsewhere))
     monkeypatch.delenv("CXX", raising=False)

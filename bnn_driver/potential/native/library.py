@@ -18,8 +18,9 @@ from bnn_driver.errors import BnnError
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-shared", "-fPIC")
-"""Not-a-number must stay one: it is how a blown-up simulation is noticed."""
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+"""Not -ffast-math: with it a library changes the arithmetic of the whole process when it is loaded (denormal numbers become zero), and
+not-a-number, by which a blown-up simulation is noticed, need not stay one."""
 LANE_BYTES = 64
 """Channels come in vectors of this many bytes."""
 MAX_DEGREE = 4
