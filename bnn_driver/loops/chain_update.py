@@ -145,18 +145,15 @@ class TrainingLoss:
         """Gradient (M, D) of the sum over the chains and the loss (M,) of each; one function of tensors, so that it can be compiled."""
         if self.learner.potential.compiler.active:  # one shape from the first label on
             index, weight = _padded(index, weight, self.learner.settings.batch_size)
-        batch, weights = self._batch(index), self.learner.layout.views(theta.detach())
-        names, inputs = tuple(weights), batch.tensors()
+        batch, layout = self._batch(index), self.learner.layout
 
-        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-            leaves = [x.detach().requires_grad_(True) for x in tensors[: len(names)]]
-            loss = self._loss(
-                dict(zip(names, leaves, strict=True)), tensors[len(names)], batch.with_tensors(tensors[len(names) + 1 :])
-            )
-            return *torch.autograd.grad(loss.sum(), leaves, materialize_grads=True), loss.detach()
+        def function(theta: Tensor, weight: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            leaves = {name: x.detach().requires_grad_(True) for name, x in layout.views(theta).items()}
+            loss = self._loss(leaves, weight, batch.with_tensors(inputs))
+            return *torch.autograd.grad(loss.sum(), list(leaves.values()), materialize_grads=True), loss.detach()
 
-        tensors = [*weights.values(), weight, *inputs]
-        key = (self.atoms, *(tuple(x.shape) for x in tensors))
+        key = (self.atoms, batch.volume is None)
+        tensors = [theta.detach(), weight, *batch.tensors()]
         *gradient, loss = self.learner.potential.compiler("training step", key, function, tensors)
         return torch.cat([x.reshape(len(theta), -1) for x in gradient], dim=1), loss
 

@@ -8,6 +8,7 @@ Both directions of a bond have the same length; `half` lists one slot of every b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -126,11 +127,17 @@ def build_graph(
         return torch.as_tensor(x, device=device, dtype=dtype if x.dtype == np.float64 else None)
 
     return Graph(
-        numbers=torch.as_tensor(np.asarray(frames.numbers, dtype=np.int64), device=device),
+        numbers=_numbers(tuple(frames.numbers.tolist()), device),
         positions=tensor(np.asarray(frames.positions, dtype=np.float64)),
         cell=None if frames.cell is None else tensor(np.asarray(frames.cell, dtype=np.float64)),
         **{name: tensor(x) for name, x in arrays.items()},
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """(A,) int64, the same tensor for all graphs of the same atoms; nobody changes it."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def _molecule_edges(frames: Frames, cutoff: float) -> _Edges:

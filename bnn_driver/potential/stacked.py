@@ -55,7 +55,8 @@ class StackedPotential:
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)[self.sampled.element_index]
         self._z = torch.tensor(elements, device=device)
-        self._sorted: Sorting | None = None
+        self._sorted: tuple[Tensor, Sorting] | None = None
+        self._sortings: dict[tuple[int, ...], Sorting] = {}
 
     def prepare(self, weights: Weights) -> Weights:
         """Weights with the contraction's pair weights, which depend on them alone."""
@@ -80,14 +81,19 @@ class StackedPotential:
             return e.energy, e.forces, e.virial, e.features
 
         tensors = [*graph.tensors(), *weights.values()]
-        key = (atoms.key, names, graph.source.shape, graph.half.shape, graph.cell is None, tensors[-1].shape)
-        return Evaluation(*self.compiler("evaluation", key, function, tensors))
+        return Evaluation(*self.compiler("evaluation", (atoms.key, names, graph.cell is None), function, tensors))
 
     def _sorting(self, numbers: Tensor) -> Sorting:
-        """Kept for the last atoms seen: every graph of one run brings the same tensor."""
-        if self._sorted is None or self._sorted.numbers is not numbers:
-            self._sorted = sort_atoms(numbers, self._z)
-        return self._sorted
+        """One for all graphs of the same atoms, found without a look at the values when they bring the same tensor.
+
+        None is ever dropped: a recording knows the addresses of its tensors.
+        """
+        if self._sorted is None or self._sorted[0] is not numbers:
+            key = tuple(numbers.tolist())
+            if key not in self._sortings:
+                self._sortings[key] = sort_atoms(numbers, self._z)
+            self._sorted = numbers, self._sortings[key]
+        return self._sorted[1]
 
     def _evaluate(self, weights: Weights, g: Arranged, create_graph: bool) -> Evaluation:
         members = len(next(iter(weights.values())))
