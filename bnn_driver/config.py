@@ -77,7 +77,8 @@ class PotentialSettings(_Section):
     path: Literal["auto", "stacked", "modules"] = "auto"
     compile: Literal["off", "auto", "on"] = "off"
     """Machine code for the fast path, compared with the plain one before it is used: "on" at the first use of a shape, which takes
-    minutes on a CPU, "auto" once a shape has cost as much time as compiling it would."""
+    minutes on a CPU, "auto" once a shape has cost as much time as compiling it would.  On a GPU both also replay recordings of their
+    kernels (CUDA graphs), "auto" from the third use of a shape on."""
     threads: int = Field(default=1, ge=1)
     """Threads of one process; more than one pays only on idle machines and for large systems."""
 

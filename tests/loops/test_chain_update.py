@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
 from bnn_driver.loops.chain_update import Learner, TrainingLoss, _padded
+from bnn_driver.potential.capturing import Recording
 from bnn_driver.potential.compiling import Compiler, Mode
 from bnn_driver.potential.factory import make_potential
 from bnn_driver.records import Label, LabelledFrame
@@ -62,6 +64,32 @@ def test_gradient_is_that_of_the_loss(periodic: bool) -> None:
     torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-10 * float(slope.abs().max()))
     assert not gradient.requires_grad
+
+
+def test_recorded_gradient_is_the_plain_one() -> None:
+    """Other weights, minibatches and labels at the same addresses; a stand-in runs the function again on its buffers."""
+
+    def record(function: Callable[[], tuple[torch.Tensor, ...]]) -> Recording:
+        outputs = function()
+
+        def replay() -> None:
+            for old, new in zip(outputs, function(), strict=True):
+                old.copy_(new)
+
+        return Recording(replay, outputs)
+
+    plain, fast = learner_of(), learner_of()
+    fast.potential.compiler = Compiler("auto", patience=3600.0, recorder=record)
+    theta, index, weight = minibatch(plain)
+    for step in range(8):
+        labels = labels_of(periodic=True)[: 4 + step // 4]
+        chosen = (index + step) % len(labels)
+        built = [TrainingLoss.build(plain, labels), TrainingLoss.build(fast, labels)]
+        (a, loss_a), (b, loss_b) = (loss.gradient(theta, chosen, weight) for loss in built)
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10 * float(a.abs().max()))
+        torch.testing.assert_close(loss_b, loss_a, rtol=1e-12, atol=0)
+        theta.add_(0.01 * step)
+    assert fast.potential.compiler.compiled == 1
 
 
 def test_a_batch_survives_being_taken_apart() -> None:
