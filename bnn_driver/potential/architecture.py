@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from bnn_driver.potential.contraction import Contraction, Coupling, build_contra
 from bnn_driver.potential.geometry import Angular, Radial, angular
 from bnn_driver.potential.mace import spherical_harmonics, wigner_3j
 from bnn_driver.potential.pruning import SampledWeights
+from bnn_driver.potential.repulsion import Repulsion, read_repulsion
 
 _INTERACTIONS = {
     "RealAgnosticInteractionBlock": (False, False),
@@ -111,6 +113,8 @@ class Layer:
     """Which block of `hidden` is 0e."""
     product: Linear
     use_skip: bool
+    factors: tuple[float | torch.Tensor, ...]
+    """Per contracted block: scale of what arrives, one number or one per row of `mid` (1, rows, 1)."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Architecture:
     readouts: tuple[Readout, ...]
     scale: float
     shift: float
-    repulsion: bool
+    repulsion: Repulsion | None
     scaled_repulsion: bool
 
 
@@ -159,7 +163,7 @@ def read_architecture(module: Any, sampled: SampledWeights, head: int, dtype: to
         readouts=tuple(_readout(module, i) for i in range(len(module.readouts))),
         scale=scale,
         shift=shift,
-        repulsion=hasattr(module, "pair_repulsion_fn"),
+        repulsion=read_repulsion(module, dtype, device),
         scaled_repulsion=scaled,
     )
 
@@ -214,24 +218,38 @@ def _layer(module: Any, t: int, sampled: SampledWeights, dtype: torch.dtype, dev
     _need(len(scalars) == 1, "a layer without exactly one block of scalars")
     if t == 0:
         _need([ir.l for _, ir in block.node_feats_irreps] == [0], "first-layer features that are not scalars")
+    mid = _by_slots(_linear(block.linear, f"{prefix}.linear.weight"), block.linear.irreps_in, block.conv_tp.irreps_out)
+    paths, channels = _paths(block.conv_tp, dtype, device), muls.pop()
+    neighbours = 1.0 if density else float(block.avg_num_neighbors)
     return Layer(
         residual=residual,
         up=_linear(block.linear_up, f"{prefix}.linear_up.weight"),
         radial=_dense(block.conv_tp_weights, f"{prefix}.conv_tp_weights"),
         density=_dense(block.density_fn, f"{prefix}.density_fn") if density else None,
-        paths=_paths(block.conv_tp, dtype, device),
-        channels=muls.pop(),
+        paths=paths,
+        channels=channels,
         mixed=int(block.target_irreps[0].mul),
-        mid=_by_slots(_linear(block.linear, f"{prefix}.linear.weight"), block.linear.irreps_in, block.conv_tp.irreps_out),
+        mid=mid,
         skip=_element_linear(block.skip_tp, f"{prefix}.skip_tp.weight", len(sampled.element_index)),
-        neighbours=1.0 if density else float(block.avg_num_neighbors),
+        neighbours=neighbours,
         degrees=tuple(ir.l for _, ir in block.target_irreps),
         contraction=build_contraction(_couplings(product, t, sampled), dtype, device),
         hidden=tuple(ir.l for ir in hidden),
         scalar=scalars[0],
         product=_linear(product.linear, f"products.{t}.linear.weight"),
         use_skip=bool(product.use_sc),
+        factors=tuple(_factors(part, paths, neighbours, channels, dtype, device) for part in mid.parts),
     )
+
+
+def _factors(
+    part: LinearPart | None, paths: Sequence[Path], neighbours: float, channels: int, dtype: torch.dtype, device: torch.device
+) -> float | torch.Tensor:
+    scale = {path.target: path.scale / neighbours for path in paths}
+    found = [1.0] if part is None else [scale[i] for i in part.inputs]
+    if len(set(found)) == 1:
+        return found[0]
+    return torch.tensor(found, dtype=dtype, device=device).repeat_interleave(channels).view(1, -1, 1)
 
 
 def _linear(linear: Any, weight: str) -> Linear:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bnn_driver.errors import GuardStop
+from bnn_driver.potential.transfer import to_device
 from bnn_driver.records import Array, Frames
 
 #: molecules up to this size are searched pair by pair, all frames at once
@@ -75,7 +76,7 @@ class Graph:
 
     def with_positions(self, positions: Tensor) -> Graph:
         """The same neighbours at other positions (..., A, 3) Å; the caller knows that no neighbour is missed."""
-        return replace(self, positions=positions.to(self.positions))
+        return replace(self, positions=to_device(positions, self.positions.device, self.positions.dtype))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Graph:
         """The graph on another device, its coordinates in another precision."""
@@ -124,7 +125,7 @@ def build_graph(
     arrays = _padded(edges, frames, cutoff, capacity or 1, rounded_up if rounded else int)
 
     def tensor(x: Array) -> Tensor:
-        return torch.as_tensor(x, device=device, dtype=dtype if x.dtype == np.float64 else None)
+        return to_device(torch.as_tensor(x), device, dtype if x.dtype == np.float64 else None)
 
     return Graph(
         numbers=_numbers(tuple(frames.numbers.tolist()), device),

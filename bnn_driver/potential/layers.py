@@ -88,7 +88,6 @@ def convolve(layer: Layer, w: Tensor, sources: Sequence[Tensor | None], y: Tenso
 
 def mix(layer: Layer, weights: Mapping[str, Tensor], mid: Mapping[int, Tensor], m: int, slices: Slices) -> list[Tensor | None]:
     """Messages mixed over paths and channels, per contracted block: (M, N·(2l+1), C); None where nothing arrives."""
-    scale = {path.target: path.scale for path in layer.paths}
     out: list[Tensor | None] = []
     for number, (degree, part) in enumerate(zip(layer.degrees, layer.mid.parts, strict=True)):
         if part is None:
@@ -96,12 +95,7 @@ def mix(layer: Layer, weights: Mapping[str, Tensor], mid: Mapping[int, Tensor], 
             continue
         x = mid[part.inputs[0]] if len(part.inputs) == 1 else torch.cat([mid[i] for i in part.inputs], dim=-1)
         x = x.view(m, -1, part.rows)
-        w = matrix(weights[layer.mid.weight], part)
-        factors = [scale[i] / layer.neighbours for i in part.inputs]
-        if len(set(factors)) == 1:
-            w = w * factors[0]
-        else:
-            w = w * torch.tensor(factors, dtype=w.dtype, device=w.device).repeat_interleave(layer.channels).view(1, -1, 1)
+        w = matrix(weights[layer.mid.weight], part) * layer.factors[number]
         if layer.residual:
             out.append(torch.bmm(x, w))
         else:

@@ -21,7 +21,6 @@ from bnn_driver.potential.architecture import Architecture, Layer, read_architec
 from bnn_driver.potential.arrangement import Arranged, Sorting, arrange, edge_sums, rows, sort_atoms
 from bnn_driver.potential.compiling import Compiler
 from bnn_driver.potential.contract import Evaluation
-from bnn_driver.potential.geometry import envelope
 from bnn_driver.potential.graph import Graph
 from bnn_driver.potential.layers import by_element, convolve, element_matrix, forward_mode, matrix, mix, product, read
 from bnn_driver.potential.pruning import SampledWeights
@@ -250,21 +249,10 @@ class StackedPotential:
 
     def _with_repulsion(self, node_energy: Tensor, slope: Tensor, g: Arranged, length: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the screened nuclear repulsion of the model, if it has one."""
-        if not self.tables.repulsion:
+        if self.tables.repulsion is None:
             return node_energy, slope
-        zbl = self.module.pair_repulsion_fn
-        radii = zbl.covalent_radii.to(self.device, self.dtype)
-        za, zb = (z.to(self.dtype) for z in g.z)
-        r = torch.gather(length, 1, g.half)
         with torch.no_grad():
-            a = float(zbl.a_prefactor) * 0.529 / (za ** float(zbl.a_exp) + zb ** float(zbl.a_exp))
-            terms = [(float(c), -b) for c, b in zip(zbl.c, (3.2, 0.9423, 0.4028, 0.2016), strict=True)]
-            phi = sum(c * torch.exp(b * r / a) for c, b in terms)
-            dphi = sum(c * b / a * torch.exp(b * r / a) for c, b in terms)
-            cut, dcut = envelope(r, radii[g.z[0]] + radii[g.z[1]], int(zbl.p))
-            front = 14.3996 * za * zb / r * g.bond[..., 0]
-            value = front * phi * cut
-            change = front * (dphi * cut + phi * dcut - phi * cut / r)
+            value, change = (x * g.bond[..., 0] for x in self.tables.repulsion(torch.gather(length, 1, g.half), g.z))
         factor = self.tables.scale if self.tables.scaled_repulsion else 1.0
         per_edge = 0.5 * factor * rows(value.unsqueeze(-1), g.pair)[..., 0]
         per_node = per_edge.view(len(per_edge), g.kind.numel(), -1).sum(dim=-1)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from bnn_driver.bayes import sghmc
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
+from bnn_driver.bayes.posterior import MinibatchPosterior
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
 from bnn_driver.loops.chain_update import Learner, TrainingLoss, _padded
@@ -21,6 +23,7 @@ from bnn_driver.potential.factory import make_potential
 from bnn_driver.records import Label, LabelledFrame
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "potential"))
+from no_wait import NoWait
 from random_models import crystals, molecules, random_mace
 
 SETTINGS = UpdateSettings(1, 3, 1e-3, SghmcSettings(0.1, 0.999, 1e-4), 1.0, 0.2, 0.05, 1.0, (0.2, 5.0))
@@ -64,6 +67,23 @@ def test_gradient_is_that_of_the_loss(periodic: bool) -> None:
     torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-10 * float(slope.abs().max()))
     assert not gradient.requires_grad
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_a_chain_step_reads_nothing_on_the_host(periodic: bool) -> None:
+    """Of what lies on the device: minibatches are drawn on the host."""
+    learner = learner_of()
+    loss = TrainingLoss.build(learner, labels_of(periodic))
+    theta, index, weight = minibatch(learner)
+    posterior = MinibatchPosterior(loss, learner.prior, 5)
+    state, noises = sghmc.init(theta), [torch.Generator().manual_seed(m) for m in range(2)]
+    for _ in range(2):
+        posterior.gradient(state.theta, index, weight)  # the first call sorts the atoms
+    with NoWait():
+        gradient, _ = posterior.gradient(state.theta, index, weight)
+        settings = learner.settings.sampler
+        state = sghmc.step_(state, gradient, step_size=1e-3, temperature=1.0, n_labels=5, settings=settings, generators=noises)
+        sghmc.kinetic_temperature(state, step_size=1e-3, n_labels=5, settings=settings)
 
 
 def test_recorded_gradient_is_the_plain_one() -> None:
