@@ -7,7 +7,9 @@ argument, so that the bookkeeping can be tried where there is no GPU.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,12 @@ class CudaRecorder:
             # one stream for warming up and recording: cuBLAS keeps a workspace per stream, which may not be allocated in a recording
             self.stream = torch.cuda.Stream()
             self.pool = torch.cuda.graph_pool_handle()
+            # an empty recording keeps the pool alive when no other does: it could not be used again
+            self._keeper = torch.cuda.CUDAGraph()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with self._recording_into(self._keeper):
+                    pass
 
     def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> Recording:
         """Args: function: launches kernels alone: no value is read on the host, nothing comes from the host's memory."""
@@ -52,9 +60,13 @@ class CudaRecorder:
                     function()
             torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with self._recording_into(graph):
                 outputs = function()
         return Recording(graph.replay, outputs)
+
+    def _recording_into(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
+        # of this thread alone: the derivatives are taken in another one, which may have to allocate
+        return torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
 
 
 class Captured:

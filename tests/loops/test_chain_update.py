@@ -29,9 +29,9 @@ from random_models import crystals, molecules, random_mace
 SETTINGS = UpdateSettings(1, 3, 1e-3, SghmcSettings(0.1, 0.999, 1e-4), 1.0, 0.2, 0.05, 1.0, (0.2, 5.0))
 
 
-def learner_of(compile: Mode = "off") -> Learner:
+def learner_of(compile: Mode = "off", device: str = "cpu") -> Learner:
     module = random_mace(hidden="4x0e", max_ell=1, num_interactions=1, radial_MLP=[8])
-    potential = make_potential(module, [1, 6, 8], torch.float64, "cpu", path="stacked", compile=compile)
+    potential = make_potential(module, [1, 6, 8], torch.float64, device, path="stacked", compile=compile)
     noise = NoiseModel(0.01, 0.05, 0.001, NoiseHead(potential.n_features, (3,)))
     return Learner.around(potential, noise, 0.5, SETTINGS, 0)
 
@@ -108,6 +108,26 @@ def test_recorded_gradient_is_the_plain_one() -> None:
         (a, loss_a), (b, loss_b) = (loss.gradient(theta, chosen, weight) for loss in built)
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10 * float(a.abs().max()))
         torch.testing.assert_close(loss_b, loss_a, rtol=1e-12, atol=0)
+        theta.add_(0.01 * step)
+    assert fast.potential.compiler.compiled == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gradient_on_a_gpu_is_that_on_the_host_and_waits_for_nothing() -> None:
+    host, fast = learner_of(), learner_of("auto", "cuda")
+    labels = labels_of(periodic=True)
+    built = [TrainingLoss.build(learner, labels) for learner in (host, fast)]
+    theta, index, weight = minibatch(host)
+    for step in range(8):
+        a, _ = built[0].gradient(theta, (index + step) % 5, weight)
+        there = theta.to("cuda")
+        torch.cuda.set_sync_debug_mode("error" if step == 7 else "default")
+        try:
+            b, _ = built[1].gradient(there, (index + step) % 5, weight)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-8, atol=1e-10 * float(a.abs().max()))
         theta.add_(0.01 * step)
     assert fast.potential.compiler.compiled == 1
 
