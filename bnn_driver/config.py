@@ -74,7 +74,9 @@ class PotentialSettings(_Section):
     head: str = ""
     device: str = "cpu"
     dtype: Literal["float64", "float32"] = "float32"
-    path: Literal["auto", "stacked", "modules"] = "auto"
+    path: Literal["auto", "stacked", "modules", "cueq"] = "auto"
+    """Which code evaluates MACE: the fast path where it is exact ("auto", "stacked"), MACE's own modules, or these with
+    cuEquivariance's operators, which are meant for GPUs."""
     compile: Literal["off", "auto", "on"] = "off"
     """Machine code for the fast path, compared with the plain one before it is used: "on" at the first use of a shape, which takes
     minutes on a CPU, "auto" once a shape has cost as much time as compiling it would.  On a GPU both also replay recordings of their
