@@ -59,6 +59,8 @@ class _Shape:
     refused: set[str] = field(default_factory=set)
     way: _Way | None = None
     fast: Function | None = None
+    code: Function | None = None
+    """Machine code for the buffers of a recording, kept when the recording is not."""
     checks: int = 0
 
 
@@ -86,8 +88,7 @@ class Compiler:
         if not self.active:
             return function(*tensors)
         self._ways = self._ways or self._possible(tensors[0].device)
-        layout = tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
-        shape = self._shapes.setdefault((what, key, layout), _Shape())
+        shape = self._shapes.setdefault((what, key, *_layout(tensors)), _Shape())
         shape.calls += 1
         if shape.fast is None or self._due(shape) != shape.way:
             return self._advance(what, shape, function, tensors)
@@ -114,7 +115,7 @@ class Compiler:
         compiled = _Way("compiled", True, False, 1, seconds)
         if self._recorder is None and device.type != "cuda":
             return (compiled,)
-        return _Way("compiled and recorded", True, True, 1, seconds), _Way("recorded", False, True, calls, 0.0), compiled
+        return _Way("compiled and recorded", True, True, calls, seconds), _Way("recorded", False, True, calls, 0.0), compiled
 
     def _due(self, shape: _Shape) -> _Way | None:
         """The best way for a shape by now; None: as it is."""
@@ -138,24 +139,27 @@ class Compiler:
             logger.info("%s: compiling for these shapes, once; it takes minutes on a CPU", what)
         try:
             shape.way, shape.checks = way, 0
-            shape.fast = self._made(way, function, tensors)
+            shape.fast = self._made(shape, way, function, tensors)
             self._keep(shape, way)
             self._checked(what, shape, out, tensors)
         except Exception as error:  # whatever a compiler or a driver raises: the plain way still stands
             self._unavailable.add(way.name)
-            shape.way = shape.fast = None
+            self._drop(shape)
             why = f"{type(error).__name__}: {error!s:.300}"
             logger.warning("%s cannot be %s (%s); it goes on as it was", what, way.name, why)
             return out
         logger.info("%s: %s in %.1f s", what, way.name, time.perf_counter() - begin)
         return out
 
-    def _made(self, way: _Way, function: Function, tensors: Sequence[Tensor]) -> Function:
-        def make(inputs: Sequence[Tensor]) -> Function:
-            return self._machine_code(function, inputs) if way.compiled else function
+    def _made(self, shape: _Shape, way: _Way, function: Function, tensors: Sequence[Tensor]) -> Function:
+        def make(buffers: Sequence[Tensor]) -> Function:
+            if not way.compiled:
+                return function
+            shape.code = shape.code or self._machine_code(function, buffers)
+            return shape.code
 
         if not way.recorded:
-            return make(tensors)
+            return self._machine_code(function, tensors)
         if self._recorder is None:
             self._recorder = CudaRecorder(tensors[0].device)
         return Captured(make, tensors, self._recorder)
@@ -174,9 +178,13 @@ class Compiler:
         self._recorded[id(shape)] = shape
         self._recorded.move_to_end(id(shape))
         if len(self._recorded) > MOST_RECORDINGS:
-            _, oldest = self._recorded.popitem(last=False)
-            oldest.way = oldest.fast = None
+            oldest = next(iter(self._recorded.values()))
+            self._drop(oldest)
             oldest.calls = 0
+
+    def _drop(self, shape: _Shape) -> None:
+        shape.way = shape.fast = None
+        self._recorded.pop(id(shape), None)
 
     def _checked(self, what: str, shape: _Shape, expected: tuple[Tensor, ...], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The plain outputs, after the fast ones were compared with them."""
@@ -192,7 +200,7 @@ class Compiler:
             message = "%s: the %s function differs from the plain one %.1f times the tolerance; it is dropped"
             logger.warning(message, what, shape.way.name, error)
             shape.refused.add(shape.way.name)
-            shape.way = shape.fast = None
+            self._drop(shape)
         return expected
 
 
@@ -239,6 +247,11 @@ def disagreement(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         error = difference / (max(size, least) * tolerance)
         worst = max(worst, error) if error == error else float("inf")
     return worst
+
+
+def _layout(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
+    """Shapes, strides and types; column by column, which is several times faster than tensor by tensor."""
+    return tuple([x.shape for x in tensors]), tuple([x.stride() for x in tensors]), tuple([x.dtype for x in tensors])
 
 
 def _wait(device: torch.device) -> None:

@@ -170,6 +170,42 @@ def test_recordings_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (recorder.made, compiler.compiled) == (4, 2)
 
 
+def test_machine_code_outlives_its_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def compile_function(function: Any, tensors: Any) -> Any:
+        made.append(len(tensors[0]))
+        return function
+
+    monkeypatch.setattr(compiling, "MOST_RECORDINGS", 1)
+    monkeypatch.setattr(compiling, "compile_function", compile_function)
+    recorder = Rerun()
+    compiler = Compiler("on", recorder=recorder)
+    for _ in range(3):
+        for n in (1, 2):
+            assert compiler("square", 0, lambda y: (y * y,), [torch.full((n,), 2.0)])[0].tolist() == [4.0] * n
+    assert (made, recorder.made, compiler.compiled) == ([1, 2], 6, 1)
+
+
+def test_from_recorded_to_compiled_and_recorded(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Where the better way is wrong, the one before it is taken again."""
+    for wrong in (False, True):
+        code: Any = (lambda x: (x * x + x,)) if wrong else (lambda x: (x * x,))
+        monkeypatch.setattr(compiling, "compile_function", lambda function, tensors, code=code: code)
+        compiler = Compiler("auto", patience=3600.0, recorder=Rerun())
+        for i in range(20):
+            x = torch.full((3,), 1.0 + i)
+            assert torch.equal(compiler("square", 0, lambda y: (y * y,), [x])[0], x * x)
+            (shape,) = compiler._shapes.values()
+            if i == 9:
+                assert shape.way is not None
+                assert shape.way.name == "recorded"
+                shape.spent = 1e6
+        assert shape.way is not None
+        assert shape.way.name == ("recorded" if wrong else "compiled and recorded")
+    assert "dropped" in caplog.text
+
+
 def test_a_recorded_evaluation_is_the_plain_one() -> None:
     """As the neighbour list, the positions and the weights change."""
     module = random_mace()
