@@ -74,13 +74,16 @@ class PotentialSettings(_Section):
     head: str = ""
     device: str = "cpu"
     dtype: Literal["float64", "float32"] = "float32"
-    path: Literal["auto", "stacked", "modules"] = "auto"
     kernels: Literal["auto", "off"] = "auto"
     """Our own C++ for the inner loops on a CPU: compiled once per machine in a quarter of a minute where there is a compiler, and used
     while it agrees with the plain operations."""
+    path: Literal["auto", "stacked", "modules", "cueq"] = "auto"
+    """Which code evaluates MACE: the fast path where it is exact ("auto", "stacked"), MACE's own modules, or these with
+    cuEquivariance's operators, which are meant for GPUs."""
     compile: Literal["off", "auto", "on"] = "off"
     """Machine code for the fast path, compared with the plain one before it is used: "on" at the first use of a shape, which takes
-    minutes on a CPU, "auto" once a shape has cost as much time as compiling it would."""
+    minutes on a CPU, "auto" once a shape has cost as much time as compiling it would.  On a GPU both also replay recordings of their
+    kernels (CUDA graphs), "auto" from the third use of a shape on."""
     threads: int = Field(default=1, ge=1)
     """Threads of one process; more than one pays only on idle machines and for large systems."""
 

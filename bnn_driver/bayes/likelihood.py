@@ -16,7 +16,7 @@ from torch import Tensor
 from bnn_driver.errors import ConfigError
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-_UPPER = (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)
+_UPPER = (0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)
 
 
 def hidden_widths(n_features: int) -> tuple[int, int]:
@@ -149,8 +149,10 @@ def log_likelihood(
         raise ConfigError(
             "the labels have a stress but the prediction has none; give the model's stress or drop it from the labels"
         )
-    row, column = _UPPER
-    residual = (stress - targets.stress)[..., row, column]  # (M, B, 6)
+    difference = stress - targets.stress
+    residual = torch.stack(
+        [difference[..., i, j] for i, j in _UPPER], dim=-1
+    )  # (M, B, 6); a list as index would be copied to a GPU
     term = _gaussian(residual, stress_noise_sd).sum(-1)
     if targets.has_stress is not None:
         term = torch.where(targets.has_stress, term, torch.zeros_like(term))

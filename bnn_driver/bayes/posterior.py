@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bnn_driver.bayes.prior import GaussianPrior
 
-#: (theta (M, D), index (M, b), weight (M, b)) -> (M,) Σ_b weight · (-log-likelihood of label index_b); member m reads only row m
+#: (theta (M, D), index (M, b), weight (M, b)) -> (M,) Σ_b weight · (-log-likelihood of label index_b); member m reads only row m.
+#: theta lies on its device, index and weight on the host.
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

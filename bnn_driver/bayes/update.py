@@ -106,7 +106,7 @@ def update_chains(
     temperatures: list[Tensor] = []
     for k in range(settings.steps):
         index, weight = minibatch.draw_chains(n_labels, settings.batch_size, newest, batch_streams)
-        gradient, loss = posterior.gradient(state.theta, index.to(theta.device), weight.to(theta))
+        gradient, loss = posterior.gradient(state.theta, index, weight.to(theta.dtype))
         losses[k] = loss
         gamma = schedule.cosine(k, settings.steps, settings.step_size)
         heat = schedule.temperature(k, settings.steps, settings.noiseless_fraction, settings.ramp_fraction)

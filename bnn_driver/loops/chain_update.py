@@ -16,6 +16,7 @@ from bnn_driver.loops.seeds import derive
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.graph import Graph, build_graph
 from bnn_driver.potential.params import Layout, layout
+from bnn_driver.potential.transfer import to_device
 from bnn_driver.records import Frames, Generation, LabelledFrame
 
 
@@ -138,29 +139,28 @@ class TrainingLoss:
 
     def __call__(self, theta: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """(M,) weighted sum of -log p over each chain's minibatch.  Args: theta (M, D); index, weight (M, b)."""
-        batch = self._batch(index)
-        return self._loss(self.learner.layout.views(theta), weight, batch)
+        weight = to_device(weight, theta.device)
+        return self._loss(self.learner.layout.views(theta), weight, self._batch(index))
 
     def gradient(self, theta: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient (M, D) of the sum over the chains and the loss (M,) of each; one function of tensors, so that it can be compiled."""
         if self.learner.potential.compiler.active:  # one shape from the first label on
             index, weight = _padded(index, weight, self.learner.settings.batch_size)
-        batch, weights = self._batch(index), self.learner.layout.views(theta.detach())
-        names, inputs = tuple(weights), batch.tensors()
+        weight = to_device(weight, theta.device)
+        batch, layout = self._batch(index), self.learner.layout
 
-        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-            leaves = [x.detach().requires_grad_(True) for x in tensors[: len(names)]]
-            loss = self._loss(
-                dict(zip(names, leaves, strict=True)), tensors[len(names)], batch.with_tensors(tensors[len(names) + 1 :])
-            )
-            return *torch.autograd.grad(loss.sum(), leaves, materialize_grads=True), loss.detach()
+        def function(theta: Tensor, weight: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            leaves = {name: x.detach().requires_grad_(True) for name, x in layout.views(theta).items()}
+            loss = self._loss(leaves, weight, batch.with_tensors(inputs))
+            return *torch.autograd.grad(loss.sum(), list(leaves.values()), materialize_grads=True), loss.detach()
 
-        tensors = [*weights.values(), weight, *inputs]
-        key = (self.atoms, *(tuple(x.shape) for x in tensors))
+        key = (self.atoms, batch.volume is None)
+        tensors = [theta.detach(), weight, *batch.tensors()]
         *gradient, loss = self.learner.potential.compiler("training step", key, function, tensors)
         return torch.cat([x.reshape(len(theta), -1) for x in gradient], dim=1), loss
 
     def _batch(self, index: Tensor) -> Batch:
+        index = to_device(index, self.targets.energy.device)
         volume = None if self.volume is None else self.volume[index]
         return Batch(self.graph.take(index), self.targets.take(index), volume)
 

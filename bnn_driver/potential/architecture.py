@@ -12,6 +12,7 @@ from bnn_driver.potential.contraction import Contraction, Coupling, build_contra
 from bnn_driver.potential.geometry import Angular, Radial, angular
 from bnn_driver.potential.mace import spherical_harmonics, wigner_3j
 from bnn_driver.potential.pruning import SampledWeights
+from bnn_driver.potential.repulsion import Repulsion, read_repulsion
 
 _INTERACTIONS = {
     "RealAgnosticInteractionBlock": (False, False),
@@ -136,7 +137,7 @@ class Architecture:
     readouts: tuple[Readout, ...]
     scale: float
     shift: float
-    repulsion: bool
+    repulsion: Repulsion | None
     scaled_repulsion: bool
 
 
@@ -159,7 +160,7 @@ def read_architecture(module: Any, sampled: SampledWeights, head: int, dtype: to
         readouts=tuple(_readout(module, i) for i in range(len(module.readouts))),
         scale=scale,
         shift=shift,
-        repulsion=hasattr(module, "pair_repulsion_fn"),
+        repulsion=read_repulsion(module, dtype, device),
         scaled_repulsion=scaled,
     )
 

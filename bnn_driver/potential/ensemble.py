@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from bnn_driver.errors import ModelError
 from bnn_driver.potential.contract import Evaluation, Potential
 from bnn_driver.potential.graph import Graph, build_graph
 from bnn_driver.potential.planning import Plan, plan
+from bnn_driver.potential.transfer import to_host
 from bnn_driver.records import Array, Frames, Prediction
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 NOISE_PREFIX = "noise."
 GPU_SKIN = 0.5
 """Å."""
+_QUANTITIES = "energy", "forces", "virial", "energy_noise_sd", "force_noise_sd"
+"""Of a `Prediction`, in the order in which they are computed."""
 Noise = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 
 
@@ -92,29 +95,21 @@ class Ensemble:
         if split.frames < len(frames):
             every = torch.arange(len(frames), device=self.potential.device)
             graphs = [graph.take(rows) for rows in every.split(split.frames)]
-        parts = [self._part(some, split.members) for some in graphs]
-        names = ("energy", "forces", "virial", "energy_noise_sd", "force_noise_sd")
-        joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in names}
+        found = [quantity for some in graphs for quantity in self._quantities(some, split.members)]
+        host = to_host(found)  # the only wait for a GPU
+        each = len(_QUANTITIES)
+        joined = {name: _joined(host[i::each], len(graphs)) for i, name in enumerate(_QUANTITIES)}
         return Prediction(**joined, generation=self.generation)
 
     def together(self, frames: Frames) -> int:
         """Members that are evaluated at a time on these frames."""
         return min(self.members, self._plan(self._graph(frames)).members)
 
-    def _part(self, graph: Graph, members: int) -> dict[str, Array]:
-        """Some frames, all members."""
-        parts = []
+    def _quantities(self, graph: Graph, members: int) -> Iterator[Tensor]:
+        """`_QUANTITIES` of some frames, members chunk by chunk."""
         for chunk in self._chunks(members):
             evaluation = self.potential.evaluate(chunk.network, graph)
-            parts.append((evaluation, *self._noise_sd(evaluation, chunk.head)))
-        evaluations = [part[0] for part in parts]
-        return {
-            "energy": _numpy([e.energy for e in evaluations]),
-            "forces": _numpy([e.forces for e in evaluations]),
-            "virial": _numpy([e.virial for e in evaluations]),
-            "energy_noise_sd": _numpy([part[1] for part in parts]),
-            "force_noise_sd": _numpy([part[2] for part in parts]),
-        }
+            yield from (evaluation.energy, evaluation.forces, evaluation.virial, *self._noise_sd(evaluation, chunk.head))
 
     def _chunks(self, size: int) -> list[_Chunk]:
         """All members in groups, with what follows from their weights; kept until the next swap."""
@@ -196,5 +191,8 @@ def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], genera
     return members
 
 
-def _numpy(parts: list[Tensor]) -> Array:
-    return torch.cat(parts).detach().to("cpu", torch.float64).numpy()
+def _joined(parts: Sequence[Array], frames: int) -> Array:
+    """(M, B, ...) from the parts of one quantity.  Args: parts: by groups of frames, then by chunks of members.   frames: groups."""
+    each = len(parts) // frames
+    rows = [np.concatenate(parts[i * each : (i + 1) * each]) for i in range(frames)]
+    return rows[0] if frames == 1 else np.concatenate(rows, axis=1)

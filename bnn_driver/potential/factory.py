@@ -14,6 +14,7 @@ from bnn_driver.errors import ModelError
 from bnn_driver.potential import compiling
 from bnn_driver.potential.architecture import UnsupportedModel
 from bnn_driver.potential.compiling import Compiler, Mode
+from bnn_driver.potential.cueq import CueqPotential
 from bnn_driver.potential.graph import Graph, build_graph
 from bnn_driver.potential.modules import ModulesPotential
 from bnn_driver.potential.params import repeat_weights
@@ -22,8 +23,12 @@ from bnn_driver.records import Frames
 
 logger = logging.getLogger(__name__)
 
+Path = Literal["auto", "stacked", "modules", "cueq"]
+
 #: largest allowed difference of energies and forces between the two paths, relative to the largest force
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+#: the same for cuEquivariance, whose tables are fitted (measured in float64: up to 6e-8)
+CUEQ_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 def make_potential(
@@ -31,7 +36,7 @@ def make_potential(
     numbers: Sequence[int],
     dtype: torch.dtype,
     device: torch.device | str,
-    path: Literal["auto", "stacked", "modules"] = "auto",
+    path: Path = "auto",
     head: int = 0,
     check: Frames | None = None,
     compile: Mode = "off",
@@ -40,6 +45,7 @@ def make_potential(
     """A potential for the elements in `numbers`.
 
     Args: path: "auto" takes the fast path when it covers the model and agrees with MACE's own code on `check`.
+            "cueq" takes MACE's code with cuEquivariance's operators when that agrees, and else what "auto" takes.
         head: index of the head.   check: frames for the comparison; a random cluster when not given.
         compile: whether the fast path is compiled, see `compiling.Compiler`.   kernels: "auto" takes those of `native` on a CPU where
         they can be compiled.
@@ -51,6 +57,10 @@ def make_potential(
     if path == "modules":
         return _announced(ModulesPotential(module, elements, head, dtype, device, "asked for"))
     reference = ModulesPotential(module, elements, head, dtype, device, "reference")
+    if path == "cueq":
+        accelerated = _cueq(module, reference, elements, head, check or random_cluster(numbers))
+        if accelerated is not None:
+            return _announced(accelerated)
     try:
         stacked = StackedPotential(module, elements, head, dtype, device, kernels=kernels == "auto")
         _check_kernels(stacked, check or random_cluster(numbers))
@@ -70,7 +80,23 @@ def make_potential(
     return _announced(ModulesPotential(module, elements, head, dtype, device, why))
 
 
-def disagreement(stacked: StackedPotential, reference: ModulesPotential, frames: Frames) -> float:
+def _cueq(
+    module: nn.Module, reference: ModulesPotential, elements: tuple[int, ...], head: int, frames: Frames
+) -> CueqPotential | None:
+    """The accelerated modules, or None and a warning when they cannot be had or differ."""
+    try:
+        found = CueqPotential(module, elements, head, reference.dtype, reference.device)
+        error = max(disagreement(found, reference, frames), gradient_disagreement(found, reference, frames))
+        if error <= CUEQ_TOLERANCE[reference.dtype]:
+            return found
+        why = f"it differs from MACE by {error:.1e}, allowed {CUEQ_TOLERANCE[reference.dtype]:.0e}"
+    except Exception as refusal:  # whatever the package raises for models and devices that it does not cover
+        why = f"{type(refusal).__name__}: {refusal!s:.300}"
+    logger.warning("path = cueq cannot be had (%s); path = auto is taken", why)
+    return None
+
+
+def disagreement(stacked: StackedPotential | ModulesPotential, reference: ModulesPotential, frames: Frames) -> float:
     """Largest difference of energies and forces of two slightly different members, relative to max(1, |F|)."""
     weights = _perturbed(repeat_weights(reference.weights, 2))
     graph = build_graph(frames, stacked.cutoff, stacked.dtype, stacked.device)
@@ -114,6 +140,20 @@ def _perturbed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         x.mul_(1 + 0.01 * noise)
     return weights
+
+
+def gradient_disagreement(found: ModulesPotential, reference: ModulesPotential, frames: Frames) -> float:
+    """Largest difference of the derivatives of E + |F|² by the weights, relative to the largest."""
+    graph = build_graph(frames, reference.cutoff, reference.dtype, reference.device)
+    slopes = []
+    for potential in (found, reference):
+        weights = {name: x.requires_grad_(True) for name, x in repeat_weights(reference.weights, 1).items()}
+        result = potential.evaluate(weights, graph, create_graph=True)
+        loss = result.energy.sum() + result.forces.square().sum()
+        slopes.append(torch.autograd.grad(loss, list(weights.values()), materialize_grads=True))
+    size = max(float(x.abs().max()) for x in slopes[1])
+    worst = max(float((a - b).abs().max()) for a, b in zip(*slopes, strict=True))
+    return worst / size if np.isfinite(worst) else float("inf")
 
 
 def random_cluster(numbers: Sequence[int]) -> Frames:

@@ -8,6 +8,7 @@ Both directions of a bond have the same length; `half` lists one slot of every b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bnn_driver.errors import GuardStop
+from bnn_driver.potential.transfer import to_device
 from bnn_driver.records import Array, Frames
 
 #: molecules up to this size are searched pair by pair, all frames at once
@@ -74,7 +76,7 @@ class Graph:
 
     def with_positions(self, positions: Tensor) -> Graph:
         """The same neighbours at other positions (..., A, 3) Å; the caller knows that no neighbour is missed."""
-        return replace(self, positions=positions.to(self.positions))
+        return replace(self, positions=to_device(positions, self.positions.device, self.positions.dtype))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Graph:
         """The graph on another device, its coordinates in another precision."""
@@ -123,14 +125,20 @@ def build_graph(
     arrays = _padded(edges, frames, cutoff, capacity or 1, rounded_up if rounded else int)
 
     def tensor(x: Array) -> Tensor:
-        return torch.as_tensor(x, device=device, dtype=dtype if x.dtype == np.float64 else None)
+        return to_device(torch.as_tensor(x), device, dtype if x.dtype == np.float64 else None)
 
     return Graph(
-        numbers=torch.as_tensor(np.asarray(frames.numbers, dtype=np.int64), device=device),
+        numbers=_numbers(tuple(frames.numbers.tolist()), device),
         positions=tensor(np.asarray(frames.positions, dtype=np.float64)),
         cell=None if frames.cell is None else tensor(np.asarray(frames.cell, dtype=np.float64)),
         **{name: tensor(x) for name, x in arrays.items()},
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """(A,) int64, the same tensor for all graphs of the same atoms; nobody changes it."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def _molecule_edges(frames: Frames, cutoff: float) -> _Edges:

@@ -90,6 +90,43 @@ def spherical_harmonics(lmax: int, vectors: torch.Tensor) -> torch.Tensor:
     return _o3().spherical_harmonics(list(range(lmax + 1)), vectors, normalize=True, normalization="component")
 
 
+def converted_to_cueq(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with cuEquivariance's operators, by mace's own conversion.
+
+    Raises: ModelError when the package is missing.   Whatever the conversion raises for models that it does not cover.
+    """
+    _import_quietly()
+    from mace.cli import convert_e3nn_cueq
+
+    if not convert_e3nn_cueq.CUEQQ_AVAILABLE:
+        raise ModelError(
+            "cuequivariance is not installed (pip install 'bnn-driver[cueq]', on a GPU also its kernels for the CUDA at hand)"
+        )
+    before = torch.get_default_dtype()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # mace copies tensors in a way that torch advises against
+            converted: nn.Module = convert_e3nn_cueq.run(module, device=device.type)
+    finally:
+        torch.set_default_dtype(before)
+    return converted.to(device).eval()
+
+
+def cueq_projection(contraction: Any, correlation: int) -> torch.Tensor:
+    """(k, k') from the weights of a symmetric contraction to those of cuEquivariance's.  Args: contraction: the module in e3nn."""
+    import cuequivariance as cue
+    from mace.tools.cg import O3_e3nn
+    from mace.tools.cg_cueq_tools import symmetric_contraction_proj
+
+    o3 = _o3()
+    before, after = (
+        cue.Irreps(O3_e3nn, str(o3.Irreps(irrep.ir for irrep in irreps)))
+        for irreps in (contraction.irreps_in, contraction.irreps_out)
+    )
+    _, projection = symmetric_contraction_proj(before, after, tuple(range(1, correlation + 1)))
+    return torch.as_tensor(projection)
+
+
 def _o3() -> ModuleType:
     """e3nn.o3."""
     _import_quietly()

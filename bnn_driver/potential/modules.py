@@ -30,7 +30,7 @@ class ModulesPotential:
     ) -> None:
         """Args: module: in `dtype` on `device`; its parameters are not changed.   why: reason for this path, for the log."""
         self.compiler = Compiler("off")
-        self.module = module
+        self.module = self.network = module
         self.head = head
         self.elements = elements
         self.cutoff = float(module.r_max)
@@ -61,14 +61,18 @@ class ModulesPotential:
             parts.append(self._one({name: w[m] for name, w in weights.items()}, data, graph.lead[-1], create_graph))
         return Evaluation(*(torch.stack(column) for column in zip(*parts, strict=True)))
 
+    def _parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of the network that is called, from the sampled weights of one member."""
+        return self.sampled.expanded(weights)
+
     def _one(self, weights: Mapping[str, Tensor], data: Mapping[str, Tensor], frames: int, create_graph: bool) -> list[Tensor]:
         """Energy (B,), forces (B, A, 3), virial (B, 3, 3) and features (B, A, F) of one member."""
-        parameters = self.sampled.expanded(weights)
+        parameters = self._parameters(weights)
         if not create_graph:
             parameters = {name: p.detach() for name, p in parameters.items()}
         with torch.enable_grad(), _precision(self.dtype if hasattr(self.module, "pair_repulsion_fn") else None):
             out = torch.func.functional_call(
-                self.module,
+                self.network,
                 parameters,
                 (dict(data, positions=data["positions"].detach().clone()),),
                 {"training": create_graph, "compute_force": True, "compute_virials": True},

@@ -24,7 +24,6 @@ from bnn_driver.potential.compiling import Compiler
 from bnn_driver.potential.contract import Evaluation
 from bnn_driver.potential.contraction import Contraction, Monomials
 from bnn_driver.potential.folding import EMBEDDING, fold, folding_factors
-from bnn_driver.potential.geometry import envelope
 from bnn_driver.potential.graph import Graph
 from bnn_driver.potential.layers import Bonds, by_element, convolve, element_matrix, forward_mode, matrix, mix, product, read
 from bnn_driver.potential.native.convolution import Convolution, layer_tables, refusal
@@ -69,7 +68,8 @@ class StackedPotential:
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)[self.sampled.element_index]
         self._z = torch.tensor(elements, device=device)
-        self._sorted: Sorting | None = None
+        self._sorted: tuple[Tensor, Sorting] | None = None
+        self._sortings: dict[tuple[int, ...], Sorting] = {}
 
     @property
     def together(self) -> int:
@@ -98,14 +98,19 @@ class StackedPotential:
             return e.energy, e.forces, e.virial, e.features
 
         tensors = [*graph.tensors(), *weights.values()]
-        key = (atoms.key, names, graph.source.shape, graph.half.shape, graph.cell is None, tensors[-1].shape)
-        return Evaluation(*self.compiler("evaluation", key, function, tensors))
+        return Evaluation(*self.compiler("evaluation", (atoms.key, names, graph.cell is None), function, tensors))
 
     def _sorting(self, numbers: Tensor) -> Sorting:
-        """Kept for the last atoms seen: every graph of one run brings the same tensor."""
-        if self._sorted is None or self._sorted.numbers is not numbers:
-            self._sorted = sort_atoms(numbers, self._z)
-        return self._sorted
+        """One for all graphs of the same atoms, found without a look at the values when they bring the same tensor.
+
+        None is ever dropped: a recording knows the addresses of its tensors.
+        """
+        if self._sorted is None or self._sorted[0] is not numbers:
+            key = tuple(numbers.tolist())
+            if key not in self._sortings:
+                self._sortings[key] = sort_atoms(numbers, self._z)
+            self._sorted = numbers, self._sortings[key]
+        return self._sorted[1]
 
     def _evaluate(self, weights: Weights, g: Arranged, create_graph: bool) -> Evaluation:
         if not any(f"{name}0" in weights for name, _ in self._contraction_forms(self.tables.layers[0])):
@@ -292,21 +297,10 @@ class StackedPotential:
 
     def _with_repulsion(self, node_energy: Tensor, slope: Tensor, g: Arranged, length: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the screened nuclear repulsion of the model, if it has one."""
-        if not self.tables.repulsion:
+        if self.tables.repulsion is None:
             return node_energy, slope
-        zbl = self.module.pair_repulsion_fn
-        radii = zbl.covalent_radii.to(self.device, self.dtype)
-        za, zb = (z.to(self.dtype) for z in g.z)
-        r = torch.gather(length, 1, g.half)
         with torch.no_grad():
-            a = float(zbl.a_prefactor) * 0.529 / (za ** float(zbl.a_exp) + zb ** float(zbl.a_exp))
-            terms = [(float(c), -b) for c, b in zip(zbl.c, (3.2, 0.9423, 0.4028, 0.2016), strict=True)]
-            phi = sum(c * torch.exp(b * r / a) for c, b in terms)
-            dphi = sum(c * b / a * torch.exp(b * r / a) for c, b in terms)
-            cut, dcut = envelope(r, radii[g.z[0]] + radii[g.z[1]], int(zbl.p))
-            front = 14.3996 * za * zb / r * g.bond[..., 0]
-            value = front * phi * cut
-            change = front * (dphi * cut + phi * dcut - phi * cut / r)
+            value, change = (x * g.bond[..., 0] for x in self.tables.repulsion(torch.gather(length, 1, g.half), g.z))
         factor = self.tables.scale if self.tables.scaled_repulsion else 1.0
         per_edge = 0.5 * factor * rows(value.unsqueeze(-1), g.pair)[..., 0]
         per_node = per_edge.view(len(per_edge), g.kind.numel(), -1).sum(dim=-1)

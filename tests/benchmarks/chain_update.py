@@ -1,17 +1,19 @@
 """Milliseconds of one SGHMC step per chain, gradient, update and noise, and seconds of an update of 8 chains by 2000 steps.
 
-    python tests/benchmarks/chain_update.py [--quick | --full] [--dtype float32] [--json FILE]
+    python tests/benchmarks/chain_update.py [--quick | --full] [--dtype float32] [--device cuda] [--json FILE]
 
 Ours: the parts of `bnn_driver.bayes.update.update_chains` on all chains at once, each with its own minibatch of 5 labels (energy,
 forces, stress of crystals, noise head).  Alternatives: eight independent mace modules stepped one after the other, double
 backward, the update in a Python loop over parameters, as published (`alternative`: 89 elements as a foundation model comes;
 `pruned`: modules that know only the elements of the system).  Before the timing the gradients of both for the same weights and
 minibatch are compared in float64.  `floor`: the matrix products of our gradient alone, same shapes and strides, operands ready.
+`gflop`, `gb`, `of_roofline`: counted work of a step of our plain code per chain, and the least possible time over ours, see `roofline.py`.
 A last table times a generation of 8 members x 5 M weights written (checksum, fsync, rename) and read, beside a bare write.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import os
@@ -24,6 +26,7 @@ from typing import Any
 
 import measure
 import numpy as np
+import roofline
 import torch
 from ase import Atoms
 from torch import Tensor, nn
@@ -45,7 +48,7 @@ TOLERANCE = 1e-10
 COLUMNS = (
     "system", "model", "members", "dtype", "ours_ms:.1f", "alternative_ms:.1f", "ratio:.1f", "pruned_ms:.1f", "ratio_pruned:.1f",
     "single_ms:.1f", "floor_ms:.1f", "gradient_ms:.1f", "update_ms:.2f", "noise_ms:.2f", "their_update_ms:.1f", "ours_s:.0f",
-    "theirs_s:.0f", "check:.0e",
+    "theirs_s:.0f", "gflop:.3g", "gb:.3g", "gb_least:.2g", "of_roofline:.3f", "check:.0e",
 )  # fmt: skip
 
 
@@ -61,9 +64,9 @@ def labels(atoms: Atoms, energy: float, count: int = LABELS) -> list[LabelledFra
     return items
 
 
-def make_learner(module: nn.Module, numbers: np.ndarray, compile: str) -> Learner:
+def make_learner(module: nn.Module, numbers: np.ndarray, compile: str, device: torch.device = measure.CPU) -> Learner:
     """Published settings around one module."""
-    potential = measure.our_potential(module, numbers, compile)
+    potential = measure.our_potential(module, numbers, compile, device)
     head = NoiseHead(potential.n_features, (64, 16))
     noise = NoiseModel(0.1 * KCAL_PER_MOL, 0.1 * KCAL_PER_MOL, 0.00625 * KCAL_PER_MOL, head)
     settings = UpdateSettings(STEPS, BATCH, STEP_SIZE, SAMPLER, 1.0, 0.2, 0.05, 1e9, (0.0, 1e9))
@@ -87,13 +90,13 @@ class OurChains:
         self.posterior = MinibatchPosterior(loss, learner.prior, len(items))
         self.count = len(items)
         self.state = sghmc.init(start)
-        streams = [chain_generators(m, "cpu") for m in range(len(start))]
+        streams = [chain_generators(m, start.device) for m in range(len(start))]
         self.batches, self.noises = [s[0] for s in streams], [s[1] for s in streams]
 
     def gradient(self) -> Tensor:
         """Of the next minibatches."""
         index, weight = minibatch.draw_chains(self.count, BATCH, [self.count - 1], self.batches)
-        return self.posterior.gradient(self.state.theta, index, weight.to(self.state.theta))[0]
+        return self.posterior.gradient(self.state.theta, index, weight.to(self.state.theta.dtype))[0]
 
     def move(self, gradient: Tensor, temperature: float = 1.0) -> None:
         """Update, with noise unless the temperature is 0."""
@@ -105,6 +108,12 @@ class OurChains:
     def step(self) -> None:
         """One whole step."""
         self.move(self.gradient())
+
+    def work(self) -> roofline.Work:
+        """Counted work of a step.  Least bytes: θ, p, v and s read and written, and the minibatches once."""
+        index, _ = minibatch.draw_chains(self.count, BATCH, [self.count - 1], self.batches)
+        batch = self.posterior.forward._batch(index)  # type: ignore[attr-defined]
+        return roofline.counted(self.step, 8 * roofline.nbytes([self.state.theta]) + roofline.nbytes(batch.tensors()))
 
 
 class ModuleChain:
@@ -122,19 +131,20 @@ class ModuleChain:
         self.state = {n: [torch.zeros_like(p) for _ in range(3)] for n, p in self.parameters.items()}
         self.count = 0
         self.generator = torch.Generator().manual_seed(0)
+        self.device = next(module.parameters()).device
 
     def loss(self, index: Tensor, weight: Tensor) -> Tensor:
         """Weighted negative log-likelihood of a minibatch; the same formula as ours."""
         data, b = self.data, len(index)
         stress = data.targets.stress is not None
-        out = self.module(data.batch(index), training=True, compute_force=True, compute_stress=stress)
+        out = self.module(data.batch(index, self.device), training=True, compute_force=True, compute_stress=stress)
         width = self.noise.head.n_features // 2
         nodes = out["node_feats"]
         features = torch.cat([nodes[:, :width], nodes[:, -width:]], dim=1).view(1, b, -1, 2 * width)
         energy_sd, force_sd = self.noise(features, self.head)
         forces = out["forces"].view(1, b, -1, 3)
         found = out["stress"][None] if stress else None
-        targets = data.targets.take(index)
+        targets = data.targets.take(index.to(self.device))
         log_p = log_likelihood(out["energy"][None], forces, found, targets, energy_sd, force_sd, self.noise.stress_sd)
         return -(weight * log_p[0]).sum()
 
@@ -164,7 +174,7 @@ class ModuleChain:
     def draw(self) -> tuple[Tensor, Tensor]:
         """The next minibatch."""
         index, weight = minibatch.draw_chains(LABELS, BATCH, [LABELS - 1], [self.generator])
-        return index[0], weight[0].to(next(iter(self.parameters.values())))
+        return index[0], weight[0].to(next(iter(self.parameters.values())))  # labels are collated on the host
 
     def step(self) -> None:
         """One whole step."""
@@ -198,11 +208,11 @@ class _Structures:
                 found.append(data.AtomicData.from_config(config, z_table=table, cutoff=float(module.r_max)))
         return cls(items[0].frame.numbers, found, targets)
 
-    def batch(self, index: Tensor) -> dict[str, Tensor]:
+    def batch(self, index: Tensor, device: torch.device) -> dict[str, Tensor]:
         """A minibatch, collated."""
         from mace.tools.torch_geometric.batch import Batch
 
-        return Batch.from_data_list([self.items[i] for i in index.tolist()]).to_dict()
+        return Batch.from_data_list([self.items[i] for i in index.tolist()]).to(device).to_dict()
 
 
 @dataclass(frozen=True)
@@ -217,21 +227,24 @@ class Contenders:
     items: list[LabelledFrame]
 
 
-def contenders(size: str, atoms: Atoms, chains: int, dtype: torch.dtype, compile: str) -> Contenders:
+def contenders(
+    size: str, atoms: Atoms, chains: int, dtype: torch.dtype, compile: str, device: torch.device = measure.CPU
+) -> Contenders:
     """Random chains around one module."""
     modules = measure.committee(size, atoms.numbers, chains + 1, dtype)
     few = measure.pruned(modules, size, atoms.numbers)
-    learner = make_learner(modules[0], atoms.numbers, compile)
+    learner = make_learner(modules[0], atoms.numbers, compile, device)
     items = labels(atoms, -3.0 * len(atoms))
     head = noise_weights(learner.noise.head, chains, dtype)
-    theta = learner.layout.flat(measure.our_weights(modules[1:], atoms.numbers) | head)
+    theta = learner.layout.flat(measure.our_weights(modules[1:], atoms.numbers) | head).to(device)
     ours = OurChains(learner, theta, items)
     targets = ours.posterior.forward.targets  # type: ignore[attr-defined]
     forms = []
     for group in (modules, few):
         data = _Structures.build(group[0], items, targets)
-        heads = [{name: x[m] for name, x in head.items()} for m in range(chains)]
-        forms.append([ModuleChain(m, learner.noise, h, data, group[0]) for m, h in zip(group[1:], heads, strict=True)])
+        heads = [{name: x[m].to(device) for name, x in head.items()} for m in range(chains)]
+        there = [module.to(device) for module in group]
+        forms.append([ModuleChain(m, learner.noise, h, data, there[0]) for m, h in zip(there[1:], heads, strict=True)])
     return Contenders(ours, OurChains(learner, theta[:1], items), forms[0], forms[1], learner, items)
 
 
@@ -259,12 +272,13 @@ def check(size: str, atoms: Atoms) -> float:
 
 
 def case(
-    size: str, name: str, atoms: Atoms, chains: int, dtype: torch.dtype, compile: str, rounds: dict[str, Any]
+    size: str, name: str, atoms: Atoms, chains: int, dtype: torch.dtype, options: argparse.Namespace, rounds: dict[str, Any]
 ) -> dict[str, Any]:
     """Times of one system, per chain."""
     agreement = check(size, atoms)
-    made = contenders(size, atoms, chains, dtype, compile)
-    eager = made.ours if compile == "off" else contenders(size, atoms, chains, dtype, "off").ours
+    compile, device = options.compile, options.device
+    made = contenders(size, atoms, chains, dtype, compile, device)
+    eager = made.ours if compile == "off" else contenders(size, atoms, chains, dtype, "off", device).ours
     gradient = made.ours.gradient()
     theirs = made.shipped[0].gradient(*made.shipped[0].draw())
     for chain in 2 * (made.shipped + made.pruned):  # TorchScript is slow in its first two calls
@@ -281,8 +295,10 @@ def case(
         "pruned": lambda: next(pruned).step(),
         "their update": lambda: made.shipped[0].move(theirs),
     }
-    t = measure.interleaved(jobs, **rounds)
+    t = measure.interleaved(jobs, **rounds, device=device)
     ours = t["ours"] / chains
+    work = eager.work().columns(t["ours"], roofline.peak(device, dtype))
+    per_chain = {key: work[key] / chains for key in ("gflop", "gflop_products", "gb", "gb_least")}
     return {
         "system": name,
         "members": chains,
@@ -302,20 +318,20 @@ def case(
         "their_update_ms": t["their update"],
         "ours_s": 1e-3 * STEPS * 8 * ours,
         "theirs_s": 1e-3 * STEPS * 8 * t["theirs"],
+        **per_chain,
+        "of_roofline": work["of_roofline"],
         "check": agreement,
         "weights": gradient.shape[1],
     }
 
 
-def whole_update(size: str, atoms: Atoms, chains: int, dtype: torch.dtype, compile: str, steps: int) -> float:
-    """CPU seconds of `loops.chain_update.update`, scaled to 2000 steps."""
-    made = contenders(size, atoms, chains, dtype, compile)
+def whole_update(size: str, atoms: Atoms, chains: int, dtype: torch.dtype, options: argparse.Namespace, steps: int) -> float:
+    """Seconds of `loops.chain_update.update`, scaled to 2000 steps."""
+    made = contenders(size, atoms, chains, dtype, options.compile, options.device)
     learner = replace(made.learner, settings=replace(made.learner.settings, steps=steps))
     views = learner.layout.views(made.ours.state.theta)
-    previous = Generation(0, {k: v.numpy().copy() for k, v in views.items()}, ())
-    begin = time.process_time()
-    update(learner, previous, made.items, 0)
-    return (time.process_time() - begin) * STEPS / steps
+    previous = Generation(0, {k: v.cpu().numpy().copy() for k, v in views.items()}, ())
+    return measure.timed(lambda: update(learner, previous, made.items, 0), options.device) * STEPS / steps
 
 
 def checkpoint(members: int = 8, weights: int = 5_000_000) -> dict[str, Any]:
@@ -361,12 +377,13 @@ def main() -> None:
         if not options.full and (size, name) == ("medium", "crystal40"):
             chains = 1
             print("medium crystal40: 1 chain only, 8 take about 12 GiB and half a minute a step (--full)")
-        rounds = {"seconds": 3.0, "least": 3, "warm": 1}
-        found = {"model": size, "dtype": options.dtype} | case(size, name, atoms, chains, dtype, options.compile, rounds)
+        # on a GPU recordings are made and checked in the first calls
+        rounds = {"seconds": 3.0, "least": 3, "warm": 1 if options.device.type == "cpu" else 8}
+        found = {"model": size, "dtype": options.dtype} | case(size, name, atoms, chains, dtype, options, rounds)
         if options.full:
             steps = STEPS if found["ours_s"] < 600 else max(10, int(STEPS * 600 / found["ours_s"]))
-            found["measured_s"] = whole_update(size, atoms, chains, dtype, options.compile, steps) * 8 / chains
-            print(f"measured: {found['measured_s']:.0f} s of CPU time for 8 chains ({steps} steps made)")
+            found["measured_s"] = whole_update(size, atoms, chains, dtype, options, steps) * 8 / chains
+            print(f"measured: {found['measured_s']:.0f} s for 8 chains ({steps} steps made)")
         table.add(measure.rounded(found))
     files = measure.rounded(checkpoint(weights=500_000 if options.quick else 5_000_000))
     print(

@@ -1,6 +1,7 @@
 """What the benchmarks share: systems, models, interleaved timing, the floor of the matrix products, tables and JSON.
 
-Times are CPU milliseconds of one thread (`process_time`), medians of interleaved rounds, so that a busy machine hits all alike.
+Times are CPU milliseconds of one thread (`process_time`), with `--device cuda` wall milliseconds until the GPU has nothing left to
+do; medians of interleaved rounds, so that a busy machine hits all alike.
 """
 
 from __future__ import annotations
@@ -161,10 +162,12 @@ def pruned(modules: Sequence[torch.nn.Module], size: str, numbers: Iterable[int]
     return few
 
 
-def our_potential(module: torch.nn.Module, numbers: Iterable[int], compile: str = "off") -> StackedPotential:
+def our_potential(
+    module: torch.nn.Module, numbers: Iterable[int], compile: str = "off", device: torch.device = CPU
+) -> StackedPotential:
     """Our fast path."""
     dtype = next(module.parameters()).dtype
-    return make_potential(copy.deepcopy(module), [int(z) for z in numbers], dtype, CPU, path="stacked", compile=compile)
+    return make_potential(copy.deepcopy(module), [int(z) for z in numbers], dtype, device, path="stacked", compile=compile)
 
 
 def our_weights(modules: Sequence[torch.nn.Module], numbers: Iterable[int]) -> dict[str, torch.Tensor]:
@@ -176,9 +179,14 @@ def our_weights(modules: Sequence[torch.nn.Module], numbers: Iterable[int]) -> d
 
 
 def interleaved(
-    jobs: Mapping[str, Callable[[], object]], seconds: float, least: int = 3, warm: int = 2, most: int = 60
+    jobs: Mapping[str, Callable[[], object]],
+    seconds: float,
+    least: int = 3,
+    warm: int = 2,
+    most: int = 60,
+    device: torch.device = CPU,
 ) -> dict[str, float]:
-    """Median CPU milliseconds of each job; rounds until `seconds` of wall time are spent, at least `least`."""
+    """Median milliseconds of each job; rounds until `seconds` of wall time are spent, at least `least`."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for job in jobs.values():
         for _ in range(warm):
@@ -186,10 +194,21 @@ def interleaved(
     end = time.perf_counter() + seconds
     while len(next(iter(times.values()))) < least or (time.perf_counter() < end and len(next(iter(times.values()))) < most):
         for name, job in jobs.items():
-            start = time.process_time()
-            job()
-            times[name].append(time.process_time() - start)
+            times[name].append(timed(job, device))
     return {name: 1e3 * float(np.median(t)) for name, t in times.items()}
+
+
+def timed(job: Callable[[], object], device: torch.device = CPU) -> float:
+    """Seconds of one call: of this process's CPU, or of the wall until the GPU has done it."""
+    if device.type != "cuda":
+        start = time.process_time()
+        job()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    job()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 Operand = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -201,11 +220,13 @@ class _Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.pairs: list[tuple[Operand, Operand]] = []
+        self.device = CPU
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
         if name in ("mm", "bmm", "addmm", "baddbmm"):
             a, b = args[-2:]
+            self.device = a.device
             self.pairs.append(((a.shape, a.stride(), a.dtype), (b.shape, b.stride(), b.dtype)))
         return function(*args, **(kwargs or {}))
 
@@ -216,7 +237,7 @@ def products_of(job: Callable[[], object]) -> Callable[[], None]:
         job()
     room = [max((_extent(pair[side]) for pair in seen.pairs), default=1) for side in (0, 1)]
     dtype = seen.pairs[0][0][2]
-    buffers = [torch.full((n,), 0.5, dtype=dtype) for n in room]
+    buffers = [torch.full((n,), 0.5, dtype=dtype, device=seen.device) for n in room]
     ready = [tuple(x.as_strided(op[0], op[1]) for x, op in zip(buffers, pair, strict=True)) for pair in seen.pairs]
 
     def run() -> None:
@@ -238,10 +259,19 @@ def arguments(doc: str | None, dtype: str = "float64") -> argparse.ArgumentParse
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cheap cases, under a minute")
     parser.add_argument("--full", action="store_true", help="expensive cases too")
-    parser.add_argument("--compile", choices=["off", "on"], default="off", help="passed on to make_potential")
+    parser.add_argument("--compile", choices=["off", "auto", "on"], default="off", help="passed on to make_potential")
+    parser.add_argument("--device", type=available, default=CPU, help="cpu or cuda")
     parser.add_argument("--dtype", choices=["float64", "float32"], default=dtype)
     parser.add_argument("--json", type=Path, help="write all rows, the machine and the versions here")
     return parser
+
+
+def available(name: str) -> torch.device:
+    """The device of that name.  Raises: argparse.ArgumentTypeError when this machine does not have it."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{name} was asked for, but torch {torch.__version__} sees no GPU on this machine")
+    return device
 
 
 def add_cases(parser: argparse.ArgumentParser, systems: Sequence[str] = ()) -> None:
@@ -283,7 +313,7 @@ def write_json(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
     """One object with the rows and where they were measured."""
     if path is None:
         return
-    packages = ("torch", "mace-torch", "e3nn", "ipi", "numpy", "ase", "bnn-driver")
+    packages = ("torch", "mace-torch", "e3nn", "ipi", "numpy", "ase", "bnn-driver", "triton", "cuequivariance-torch")
     facts = {
         "rows": list(rows),
         "machine": {
@@ -291,12 +321,20 @@ def write_json(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "load": os.getloadavg(),
         },
-        "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in packages}
+        | {"python": platform.python_version(), "cuda": torch.version.cuda},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def _cpu_name() -> str:
@@ -307,9 +345,9 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def free_gib() -> float:
+def free_gib(device: torch.device = CPU) -> float:
     """Memory that a benchmark may use: three quarters of what is available now."""
-    return 0.75 * free_memory(CPU) / 2**30
+    return 0.75 * free_memory(device) / 2**30
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bnn_driver.bayes import sghmc
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
+from bnn_driver.bayes.posterior import MinibatchPosterior
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
 from bnn_driver.loops.chain_update import Learner, TrainingLoss, _padded
+from bnn_driver.potential.capturing import Recording
 from bnn_driver.potential.compiling import Compiler, Mode
 from bnn_driver.potential.factory import make_potential
 from bnn_driver.records import Label, LabelledFrame
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "potential"))
+from no_wait import NoWait
 from random_models import crystals, molecules, random_mace
 
 SETTINGS = UpdateSettings(1, 3, 1e-3, SghmcSettings(0.1, 0.999, 1e-4), 1.0, 0.2, 0.05, 1.0, (0.2, 5.0))
 
 
-def learner_of(compile: Mode = "off") -> Learner:
+def learner_of(compile: Mode = "off", device: str = "cpu") -> Learner:
     module = random_mace(hidden="4x0e", max_ell=1, num_interactions=1, radial_MLP=[8])
-    potential = make_potential(module, [1, 6, 8], torch.float64, "cpu", path="stacked", compile=compile)
+    potential = make_potential(module, [1, 6, 8], torch.float64, device, path="stacked", compile=compile)
     noise = NoiseModel(0.01, 0.05, 0.001, NoiseHead(potential.n_features, (3,)))
     return Learner.around(potential, noise, 0.5, SETTINGS, 0)
 
@@ -62,6 +67,69 @@ def test_gradient_is_that_of_the_loss(periodic: bool) -> None:
     torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-10 * float(slope.abs().max()))
     assert not gradient.requires_grad
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_a_chain_step_reads_nothing_on_the_host(periodic: bool) -> None:
+    """Of what lies on the device: minibatches are drawn on the host."""
+    learner = learner_of()
+    loss = TrainingLoss.build(learner, labels_of(periodic))
+    theta, index, weight = minibatch(learner)
+    posterior = MinibatchPosterior(loss, learner.prior, 5)
+    state, noises = sghmc.init(theta), [torch.Generator().manual_seed(m) for m in range(2)]
+    for _ in range(2):
+        posterior.gradient(state.theta, index, weight)  # the first call sorts the atoms
+    with NoWait():
+        gradient, _ = posterior.gradient(state.theta, index, weight)
+        settings = learner.settings.sampler
+        state = sghmc.step_(state, gradient, step_size=1e-3, temperature=1.0, n_labels=5, settings=settings, generators=noises)
+        sghmc.kinetic_temperature(state, step_size=1e-3, n_labels=5, settings=settings)
+
+
+def test_recorded_gradient_is_the_plain_one() -> None:
+    """Other weights, minibatches and labels at the same addresses; a stand-in runs the function again on its buffers."""
+
+    def record(function: Callable[[], tuple[torch.Tensor, ...]]) -> Recording:
+        outputs = function()
+
+        def replay() -> None:
+            for old, new in zip(outputs, function(), strict=True):
+                old.copy_(new)
+
+        return Recording(replay, outputs)
+
+    plain, fast = learner_of(), learner_of()
+    fast.potential.compiler = Compiler("auto", patience=3600.0, recorder=record)
+    theta, index, weight = minibatch(plain)
+    for step in range(8):
+        labels = labels_of(periodic=True)[: 4 + step // 4]
+        chosen = (index + step) % len(labels)
+        built = [TrainingLoss.build(plain, labels), TrainingLoss.build(fast, labels)]
+        (a, loss_a), (b, loss_b) = (loss.gradient(theta, chosen, weight) for loss in built)
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10 * float(a.abs().max()))
+        torch.testing.assert_close(loss_b, loss_a, rtol=1e-12, atol=0)
+        theta.add_(0.01 * step)
+    assert fast.potential.compiler.compiled == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gradient_on_a_gpu_is_that_on_the_host_and_waits_for_nothing() -> None:
+    host, fast = learner_of(), learner_of("auto", "cuda")
+    labels = labels_of(periodic=True)
+    built = [TrainingLoss.build(learner, labels) for learner in (host, fast)]
+    theta, index, weight = minibatch(host)
+    for step in range(8):
+        a, _ = built[0].gradient(theta, (index + step) % 5, weight)
+        there = theta.to("cuda")
+        torch.cuda.set_sync_debug_mode("error" if step == 7 else "default")
+        try:
+            b, _ = built[1].gradient(there, (index + step) % 5, weight)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-8, atol=1e-10 * float(a.abs().max()))
+        theta.add_(0.01 * step)
+    assert fast.potential.compiler.compiled == 1
 
 
 def test_a_batch_survives_being_taken_apart() -> None:

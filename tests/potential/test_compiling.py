@@ -48,6 +48,45 @@ def test_compiled_function_with_a_derivative_inside() -> None:
     assert compiler.compiled == 1
 
 
+def _cube_for_tests() -> Any:
+    """An operator written in Python, with its own derivative, as kernels from elsewhere come."""
+
+    @torch.library.custom_op("bnn_driver_tests::cube", mutates_args=())
+    def cube(x: torch.Tensor, others: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(x.detach().numpy() ** 3), others[0] + 1
+
+    @torch.library.custom_op("bnn_driver_tests::cube_slope", mutates_args=())
+    def slope(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return 3 * x * x * g
+
+    cube.register_fake(lambda x, others: (torch.empty_like(x), torch.empty_like(others[0])))
+    slope.register_fake(lambda x, g: torch.empty_like(x))
+    cube.register_autograd(
+        lambda ctx, g, _: (slope(ctx.saved_tensors[0], g), [None]),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+    )
+    return cube
+
+
+@pytest.mark.slow
+def test_compiled_function_with_an_operator_written_in_python(caplog: Any) -> None:
+    cube = _cube_for_tests()
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaf = x.detach().requires_grad_(True)
+        y = (cube(leaf.sin(), [x])[0] * leaf).sum()
+        return y.detach(), torch.autograd.grad(y, leaf)[0]
+
+    compiler = Compiler("on")
+    for seed in range(4):
+        x = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        value, slope = compiler("x sin³x", 7, function, [x])
+        torch.testing.assert_close(value, (x.sin() ** 3 * x).sum())
+        torch.testing.assert_close(slope, x.sin() ** 3 + 3 * x * x.sin() ** 2 * x.cos())
+    assert compiler.compiled == 1
+    assert "cannot" not in caplog.text
+
+
 @pytest.mark.slow
 def test_function_that_compiles_to_something_else_is_dropped(caplog: Any) -> None:
     """What is not among the tensors becomes a constant of the compiled function: right for the first tensors, wrong for the next."""

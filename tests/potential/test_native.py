@@ -213,7 +213,9 @@ def test_compiled_once_and_the_arithmetic_of_the_process_left_alone(elsewhere: P
     load_kernels()
     assert [f.name for f in elsewhere.iterdir()] == [file.name]
     assert file.stat().st_mtime_ns == made
-    assert torch.tensor(5e-324, dtype=torch.float64) * torch.tensor(1.0, dtype=torch.float64) > 0  # denormal numbers are still there
+    assert (
+        torch.tensor(5e-324, dtype=torch.float64) * torch.tensor(1.0, dtype=torch.float64) > 0
+    )  # denormal numbers are still there
 
 
 def test_without_a_compiler(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
