@@ -114,7 +114,9 @@ class Prediction:
     @cached_property
     def energy_predictive_sd(self) -> Array:
         """(B,) eV, sqrt(var_m(E) + mean_m(noise_sd²)): law of total variance."""
-        return np.sqrt(self.energy.var(axis=0, ddof=1) + np.mean(self.energy_noise_sd**2, axis=0))
+        deviation, noise = self.energy - self.mean_energy, self.energy_noise_sd  # einsum: every step pays for this
+        spread = np.einsum("mb,mb->b", deviation, deviation) / (self.members - 1)
+        return np.sqrt(spread + np.einsum("mb,mb->b", noise, noise) / self.members)
 
     @property
     def force_posterior_sd(self) -> Array:
