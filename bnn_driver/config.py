@@ -112,6 +112,10 @@ class EnsembleSettings(_Section):
     """Share of an update before the noise begins."""
     ramp: Fraction = 0.05
     """Share of an update over which the noise then rises to its full amplitude."""
+    stop_when_learnt: bool = False
+    """End an update early when all chains meet its new labels within their noise (χ² test at full temperature)."""
+    settling: float = Field(default=0.25, gt=0, le=1)
+    """Share of an update that still follows then, at full temperature and with a falling step."""
     loss_margin: float = Field(default=1.0, gt=0)
     """Nats per label component by which the loss may end above its start before an update counts as diverged."""
     temperature_range: tuple[float, float] = (0.2, 5.0)

@@ -91,20 +91,21 @@ class Prediction:
         """M."""
         return len(self.energy)
 
+    # Every step pays for what follows, with cold caches, where plain sums take two thirds of the time of `mean` and `var`.
     @cached_property
     def mean_energy(self) -> Array:
         """(B,) eV."""
-        return self.energy.mean(axis=0)
+        return np.add.reduce(self.energy, axis=0) / self.members
 
     @cached_property
     def mean_forces(self) -> Array:
         """(B, A, 3) eV/Å."""
-        return self.forces.mean(axis=0)
+        return np.add.reduce(self.forces, axis=0) / self.members
 
     @cached_property
     def mean_virial(self) -> Array:
         """(B, 3, 3) eV."""
-        return self.virial.mean(axis=0)
+        return np.add.reduce(self.virial, axis=0) / self.members
 
     @property
     def energy_posterior_sd(self) -> Array:
@@ -114,7 +115,8 @@ class Prediction:
     @cached_property
     def energy_predictive_sd(self) -> Array:
         """(B,) eV, sqrt(var_m(E) + mean_m(noise_sd²)): law of total variance."""
-        return np.sqrt(self.energy.var(axis=0, ddof=1) + np.mean(self.energy_noise_sd**2, axis=0))
+        spread = np.add.reduce((self.energy - self.mean_energy) ** 2, axis=0) / (self.members - 1)
+        return np.sqrt(spread + np.add.reduce(self.energy_noise_sd**2, axis=0) / self.members)
 
     @property
     def force_posterior_sd(self) -> Array:

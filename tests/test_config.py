@@ -42,6 +42,7 @@ def test_published_numbers_are_the_defaults(tmp_path: Path) -> None:
     config = read_config(written(tmp_path, GOOD))
     e, c = config.ensemble, config.calibration
     assert (e.members, e.prior_sd, e.steps_per_update, e.batch_size, e.step_size, e.friction) == (8, 0.5, 2000, 5, 1e-3, 0.1)
+    assert (e.stop_when_learnt, e.settling) == (False, 0.25)
     assert (c.a, c.b, c.forgetting, config.accuracy.confidence, config.trainer.max_lag) == (1.5, 10, 1, 0.95, 0)
     assert e.force_noise == pytest.approx(0.1 * units.KCAL_PER_MOL)
     assert e.stress_noise == pytest.approx(0.1 / 16 * units.KCAL_PER_MOL)
@@ -57,6 +58,9 @@ def test_published_numbers_are_the_defaults(tmp_path: Path) -> None:
         ("periodic = false", "periodik = false", "did you mean 'periodic'"),
         ("periodic = false", "", "system.periodic is missing"),
         ("[accuracy]", "[ensembel]\n[accuracy]", "did you mean 'ensemble'"),
+        ("[accuracy]", "[ensemble]\nsettling = 0\n[accuracy]", "ensemble.settling"),
+        ("[accuracy]", "[ensemble]\nstop_when_learned = true\n[accuracy]", "did you mean 'stop_when_learnt'"),
+        ("[accuracy]", '[ensemble]\nstop_when_learnt = "soon"\n[accuracy]', "ensemble.stop_when_learnt"),
         ("[oracle.toy]", "[oracle.pyscf]", 'does not belong to kind = "toy"'),
         ('timeout = "2 min"', 'timeuot = "2 min"', "did you mean 'timeout'"),
         ("[system]", "[system", "not a TOML file"),

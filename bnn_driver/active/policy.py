@@ -70,7 +70,10 @@ class Policy:
     ) -> Array:
         """P per frame and atom of the group, 1 where the model's mean is not finite.  Returns: (B, G)."""
         probability = criterion.probabilities(prediction, numbers, calibration)
-        finite = np.isfinite(prediction.energy).all(axis=0) & np.isfinite(prediction.forces).all(axis=(0, 2, 3))
+        energy, forces = prediction.mean_energy, prediction.mean_forces
+        if np.isfinite(energy).all() and np.isfinite(forces).all():
+            return probability
+        finite = np.isfinite(energy) & np.isfinite(forces).all(axis=(1, 2))
         return np.where(finite[:, None], probability, 1.0)
 
     def _decide(self, rows: list[Array], sd: float, numbers: Array, audit: float) -> Decision:

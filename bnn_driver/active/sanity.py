@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from bnn_driver.errors import GuardStop
@@ -15,16 +17,20 @@ def check_sanity(frames: Frames, min_distance: float, max_force: float | None = 
     needs `forces`, (B, A, 3) eV/Å.
     Raises: GuardStop naming the frame, the atoms (from 0) and the value.
     """
-    pairs = np.triu_indices(len(frames.numbers), k=1)
+    if not np.isfinite(frames.positions).all():
+        b, atom, _ = np.argwhere(~np.isfinite(frames.positions))[0]
+        raise GuardStop(f"atom {atom} of frame {b} has the position {frames.positions[b, atom]}; the dynamics has blown up")
+    pairs = _pairs(len(frames.numbers))
     for b in range(len(frames)):
-        bad = np.flatnonzero(~np.isfinite(frames.positions[b]).all(axis=1))
-        if bad.size:
-            raise GuardStop(
-                f"atom {bad[0]} of frame {b} has the position {frames.positions[b, bad[0]]}; the dynamics has blown up"
-            )
         _check_distances(frames, b, pairs, min_distance)
     if max_force is not None and forces is not None:
         _check_forces(forces, max_force)
+
+
+@lru_cache(maxsize=1)
+def _pairs(n_atoms: int) -> tuple[Array, Array]:
+    """Both atoms of every pair: a run asks for the same ones at every step, and making them takes longer than using them."""
+    return np.triu_indices(n_atoms, k=1)
 
 
 def _check_distances(frames: Frames, b: int, pairs: tuple[Array, Array], min_distance: float) -> None:

@@ -149,11 +149,37 @@ def log_likelihood(
         raise ConfigError(
             "the labels have a stress but the prediction has none; give the model's stress or drop it from the labels"
         )
-    difference = stress - targets.stress
-    residual = torch.stack(
-        [difference[..., i, j] for i, j in _UPPER], dim=-1
-    )  # (M, B, 6); a list as index would be copied to a GPU
-    term = _gaussian(residual, stress_noise_sd).sum(-1)
+    term = _gaussian(_six(stress - targets.stress), stress_noise_sd).sum(-1)
     if targets.has_stress is not None:
         term = torch.where(targets.has_stress, term, torch.zeros_like(term))
     return total + term.to(total.dtype)
+
+
+def squared_residuals(
+    energy: Tensor,
+    forces: Tensor,
+    stress: Tensor | None,
+    targets: Targets,
+    energy_noise_sd: Tensor,
+    force_noise_sd: Tensor,
+    stress_noise_sd: float,
+) -> tuple[Tensor, Tensor]:
+    """Squared residuals in units of the noise, added up over all frames for energies, forces and stresses apart.
+
+    Args: as in `log_likelihood`.   Returns: sums (M, 3) float64 and the number of components in each, (3,) int64.
+    """
+    e = ((energy - targets.energy) / energy_noise_sd).square()
+    f = ((forces - targets.forces) / force_noise_sd.unsqueeze(-1)).square()
+    sums, counts = [e.sum(-1), f.sum((-3, -2, -1))], [e[0].numel(), f[0].numel()]
+    if stress is None or targets.stress is None:
+        sums, counts = [*sums, torch.zeros_like(sums[0])], [*counts, 0]
+    else:
+        s = (_six(stress - targets.stress) / stress_noise_sd).square().sum(-1)
+        known = torch.ones_like(s, dtype=torch.bool) if targets.has_stress is None else targets.has_stress.expand(s.shape)
+        sums, counts = [*sums, torch.where(known, s, torch.zeros_like(s)).sum(-1)], [*counts, 6 * int(known[0].sum())]
+    return torch.stack([x.double() for x in sums], dim=-1), torch.tensor(counts)
+
+
+def _six(tensor: Tensor) -> Tensor:
+    """The six independent components of a symmetric tensor: (..., 3, 3) -> (..., 6)."""
+    return torch.stack([tensor[..., i, j] for i, j in _UPPER], dim=-1)  # a list as index would be copied to a GPU

@@ -6,12 +6,39 @@ import math
 from dataclasses import dataclass
 
 
-def cosine(step: int, steps: int, start: float) -> float:
+@dataclass(frozen=True)
+class Course:
+    """The way through a schedule: a place for every step, and a short way to the end once `settle` is called."""
+
+    steps: int
+    """Steps of the whole schedule."""
+    left_at: int | None = None
+    """Steps made before the short way; None: there is none."""
+    settling: int = 0
+    """Steps of the short way, which passes through the rest of the schedule in order."""
+
+    @property
+    def length(self) -> int:
+        """Steps to be made in all."""
+        return self.steps if self.left_at is None else self.left_at + self.settling
+
+    def place(self, step: int) -> float:
+        """Step of the schedule whose step size and temperature hold at this step."""
+        if self.left_at is None or step < self.left_at:
+            return step
+        return self.left_at + (step - self.left_at) * (self.steps - self.left_at) / self.settling
+
+    def settle(self, step: int, settling: int) -> Course:
+        """The course that passes through the rest of the schedule in `settling` steps, after `step` steps have been made."""
+        return Course(self.steps, step, settling)
+
+
+def cosine(step: float, steps: int, start: float) -> float:
     """γ_k = γ_0/2 · (1 + cos(π k / steps)), falling from γ_0 to just above 0 at k = steps - 1."""
     return 0.5 * start * (1.0 + math.cos(math.pi * step / steps))
 
 
-def temperature(step: int, steps: int, noiseless_fraction: float, ramp_fraction: float) -> float:
+def temperature(step: float, steps: int, noiseless_fraction: float, ramp_fraction: float) -> float:
     """Temperature during an update: 0, then a ramp, then 1.
 
     The published noise amplitude rises linearly during the ramp; the amplitude is the root of the temperature, hence the square.

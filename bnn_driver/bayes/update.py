@@ -2,6 +2,10 @@
 
 The published update: v, s, t and p start afresh, the step size falls as a cosine, the noise is off at first and then
 rises, each chain has its own minibatches and its own noise, and ends on its own new sample.
+
+With `settling`, an update whose new labels are learnt (`bayes.learnt`) passes through the rest of its schedule in few steps, at
+full temperature and down to the smallest step size, so that it too ends on samples.  All chains do so at once, when the slowest
+has learnt: a chain then depends on its own seed and on the common number of steps.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn_driver.bayes import minibatch, schedule, sghmc
+from bnn_driver.bayes import learnt, minibatch, schedule, sghmc
 from bnn_driver.bayes.posterior import Forward, MinibatchPosterior
 from bnn_driver.bayes.prior import GaussianPrior
 from bnn_driver.errors import BnnError
@@ -45,6 +49,8 @@ class UpdateSettings:
     """Nats per label component (energy, force and stress components) by which the loss may end above its start."""
     temperature_range: tuple[float, float]
     """Range, in units of T, that the kinetic temperature of the last quarter must keep."""
+    settling: float | None = None
+    """Part of the steps that still follows once the new labels are learnt; None: every update makes all steps."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,13 @@ class UpdateReport:
     """What happened; one number per chain where a tuple is."""
 
     steps: int
-    """Steps made; fewer than asked when the update was ended early."""
+    """Steps made; fewer than asked when the new labels were learnt early, or the weights were not finite."""
     loss_first: tuple[float, ...]
     """Mean negative log-likelihood per label over the first twentieth of the steps."""
     loss_last: tuple[float, ...]
-    """The same over the last quarter."""
+    """The same over the last quarter of the steps made."""
     kinetic_temperature: tuple[float, ...]
-    """Mean over the last quarter; T for a chain in equilibrium, 0 at T = 0."""
+    """Mean over the last quarter of the schedule; T for a chain in equilibrium, 0 at T = 0."""
     max_change: tuple[float, ...]
     """Largest change of a weight, in its prior sd."""
     rms_change: tuple[float, ...]
@@ -92,24 +98,26 @@ def update_chains(
     Args:
         theta: (M, D) current samples, not changed.   prior: of the D weights.   forward: the likelihood, see `posterior.Forward`.
         n_labels: N.   newest: indices of the labels that are new.   components: numbers in one label (1 + 3A, + 6 with a stress).
-        seeds: M non-negative integers, one per chain; a chain depends on its own seed alone.   progress: called after each step.
+        seeds: M non-negative integers, one per chain; a chain depends on its own seed and the number of steps alone.
+        progress: called after each step.
     Returns: (M, D) new samples (whatever they are) and the report; a diverged update must be thrown away by the caller.
-    Raises: BnnError when theta and seeds differ in M.
+    Raises: BnnError when theta and seeds differ in M, or an early end is wanted of a `forward` that does not know its residuals.
     """
     if len(seeds) != len(theta):
         raise BnnError(f"expected one seed per chain ({len(theta)}), but got {len(seeds)}")
     posterior = MinibatchPosterior(forward, prior, n_labels)
     streams = [chain_generators(seed, theta.device) for seed in seeds]
     batch_streams, noise_streams = [s[0] for s in streams], [s[1] for s in streams]
-    state = sghmc.init(theta)
+    state, course, watch = sghmc.init(theta), schedule.Course(settings.steps), _watch(forward, n_labels, newest, settings)
     losses = torch.full((settings.steps, len(theta)), torch.nan, dtype=torch.float64, device=theta.device)
     temperatures: list[Tensor] = []
-    for k in range(settings.steps):
+    while state.count < course.length:
+        k, place = state.count, course.place(state.count)
         index, weight = minibatch.draw_chains(n_labels, settings.batch_size, newest, batch_streams)
         gradient, loss = posterior.gradient(state.theta, index, weight.to(theta.dtype))
         losses[k] = loss
-        gamma = schedule.cosine(k, settings.steps, settings.step_size)
-        heat = schedule.temperature(k, settings.steps, settings.noiseless_fraction, settings.ramp_fraction)
+        gamma = schedule.cosine(place, settings.steps, settings.step_size)
+        heat = schedule.temperature(place, settings.steps, settings.noiseless_fraction, settings.ramp_fraction)
         state = sghmc.step_(
             state,
             gradient,
@@ -119,13 +127,33 @@ def update_chains(
             settings=settings.sampler,
             generators=noise_streams,
         )
-        if 4 * k >= 3 * settings.steps and k % _TEMPERATURE_EVERY == 0:
+        if 4 * place >= 3 * settings.steps and (k % _TEMPERATURE_EVERY == 0 or course.left_at is not None):
             temperatures.append(sghmc.kinetic_temperature(state, step_size=gamma, n_labels=n_labels, settings=settings.sampler))
         if progress is not None:
             progress(k, loss)
         if (k + 1) % _CHECK_EVERY == 0 and not bool(torch.isfinite(state.theta).all()):
             break
+        if watch is not None and course.left_at is None and watch.learnt(state.count, state.theta):
+            course = course.settle(state.count, min(_settling(settings), settings.steps - state.count))
     return state.theta, _report(theta, state, losses[: state.count], temperatures, prior, components, settings)
+
+
+def _settling(settings: UpdateSettings) -> int:
+    """Steps that follow once the new labels are learnt."""
+    return max(1, round((settings.settling or 0.0) * settings.steps))
+
+
+def _watch(forward: Forward, n_labels: int, newest: Sequence[int], settings: UpdateSettings) -> learnt.Watch | None:
+    """What looks whether the new labels are learnt, or None when every update makes all steps.  Raises: BnnError."""
+    if settings.settling is None:
+        return None
+    if not isinstance(forward, learnt.Residuals):
+        raise BnnError(
+            f"an update that may end early needs a likelihood with `squared_residuals`, but {type(forward).__name__} has none"
+        )
+    begin = (settings.noiseless_fraction + settings.ramp_fraction) * settings.steps
+    old = learnt.compared(n_labels, newest, settings.batch_size)
+    return learnt.Watch(forward, newest, old, begin, max(1, settings.steps // learnt.TESTS))
 
 
 def _report(

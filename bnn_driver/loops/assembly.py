@@ -125,6 +125,7 @@ def make_learner(model: Model, config: Config) -> Learner:
         ramp_fraction=e.ramp,
         loss_margin=e.loss_margin,
         temperature_range=e.temperature_range,
+        settling=e.settling if e.stop_when_learnt else None,
     )
     return Learner.around(model.potential, model.noise, e.prior_sd, settings, config.run.seed)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn_driver.bayes.likelihood import NoiseModel, Targets, log_likelihood
+from bnn_driver.bayes.likelihood import NoiseModel, Targets, log_likelihood, squared_residuals
 from bnn_driver.bayes.prior import GaussianPrior
 from bnn_driver.bayes.update import UpdateReport, UpdateSettings, update_chains
 from bnn_driver.loops.seeds import derive
@@ -18,6 +18,9 @@ from bnn_driver.potential.graph import Graph, build_graph
 from bnn_driver.potential.params import Layout, layout
 from bnn_driver.potential.transfer import to_device
 from bnn_driver.records import Frames, Generation, LabelledFrame
+
+#: predictions, labels and noise, in the order of the arguments of `log_likelihood`
+Compared = tuple[Tensor, Tensor, Tensor | None, Targets, Tensor, Tensor, float]
 
 
 @dataclass(frozen=True)
@@ -159,19 +162,31 @@ class TrainingLoss:
         *gradient, loss = self.learner.potential.compiler("training step", key, function, tensors)
         return torch.cat([x.reshape(len(theta), -1) for x in gradient], dim=1), loss
 
+    def squared_residuals(self, theta: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Sums (M, 3) over these labels of squared energy, force and stress residuals in units of the noise, and components (3,) in each."""
+        size, weights = self.learner.settings.batch_size, self.learner.layout.views(theta.detach())
+        sums, components = torch.zeros(len(theta), 3, dtype=torch.float64, device=theta.device), torch.zeros(3, dtype=torch.int64)
+        for start in range(0, len(rows), size):  # no more memory than a step takes
+            index = torch.as_tensor(rows[start : start + size], device=theta.device).expand(len(theta), -1)
+            more, counted = squared_residuals(*self._compared(weights, self._batch(index), create_graph=False))
+            sums, components = sums + more.detach(), components + counted
+        return sums, components
+
     def _batch(self, index: Tensor) -> Batch:
         index = to_device(index, self.targets.energy.device)
         volume = None if self.volume is None else self.volume[index]
         return Batch(self.graph.take(index), self.targets.take(index), volume)
 
     def _loss(self, weights: dict[str, Tensor], weight: Tensor, batch: Batch) -> Tensor:
-        result = self.learner.potential.evaluate(weights, batch.graph, create_graph=True)
+        log_p = log_likelihood(*self._compared(weights, batch, create_graph=True))
+        return -(weight * log_p).sum(dim=1)
+
+    def _compared(self, weights: dict[str, Tensor], batch: Batch, create_graph: bool) -> Compared:
+        """Predictions, labels and noise, in the order of the arguments of `log_likelihood`."""
+        result = self.learner.potential.evaluate(weights, batch.graph, create_graph=create_graph)
         energy_sd, force_sd = self.learner.noise(result.features, weights)
         stress = None if batch.volume is None else -result.virial / batch.volume[..., None, None]
-        log_p = log_likelihood(
-            result.energy, result.forces, stress, batch.targets, energy_sd, force_sd, self.learner.noise.stress_sd
-        )
-        return -(weight * log_p).sum(dim=1)
+        return result.energy, result.forces, stress, batch.targets, energy_sd, force_sd, self.learner.noise.stress_sd
 
 
 def _padded(index: Tensor, weight: Tensor, size: int) -> tuple[Tensor, Tensor]:

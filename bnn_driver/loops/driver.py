@@ -156,7 +156,8 @@ class Driver:
         audit = np.array([uniform(self.settings.seed, "audit", step, bead) for step, bead in moments])
         first = len(self.labelling.store) == 0
         decisions = self.policy.judge(prediction, frames, self.calibrations, audit, first)
-        absurd = ~(np.linalg.norm(prediction.mean_forces, axis=-1) <= self.settings.max_force).all(axis=-1)  # also NaN
+        squared = np.einsum("bac,bac->ba", prediction.mean_forces, prediction.mean_forces)
+        absurd = ~(squared <= self.settings.max_force**2).all(axis=-1)  # also NaN
         return [
             replace(
                 d, ask=True, criterion="force", probability=1.0, energy_predictive_sd=float(np.nan_to_num(d.energy_predictive_sd))

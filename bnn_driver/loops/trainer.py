@@ -70,7 +70,7 @@ def _try_update(learner: Learner, previous: Generation, store: LabelStore, event
         begin = time.monotonic()
         generation, report = update(learner, previous, labels, attempt)
         seconds = time.monotonic() - begin
-        facts = {k: v for k, v in asdict(report).items() if k != "steps"} if report.finite else {"reason": report.reason}
+        facts = asdict(report) if report.finite else {"steps": report.steps, "reason": report.reason}
         events.append("update", generation=generation.number, labels=len(labels), seconds=seconds, attempt=attempt, **facts)
         if not report.diverged:
             return generation

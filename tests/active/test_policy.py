@@ -121,6 +121,24 @@ def test_a_prediction_that_is_not_finite_is_asked() -> None:
     assert [d.ask for d in decisions] == [False, True]
 
 
+@pytest.mark.parametrize("values", [(np.inf, 0.0), (np.inf, -np.inf), (np.nan, np.inf)])
+def test_no_member_can_hide_behind_another(values: tuple[float, float]) -> None:
+    """What is not finite in any member is not finite in the mean, which is what is looked at."""
+    prediction = _prediction([0.1, 0.1], [[0.1] * 3] * 2)
+    prediction.forces[:, 0, 1, 2] = values
+    with np.errstate(invalid="ignore"):
+        decisions = ENERGY.judge(prediction, _frames(2), TRUST, np.ones(2))
+    assert [d.ask for d in decisions] == [True, False]
+
+
+def test_the_energy_spread_is_the_law_of_total_variance() -> None:
+    rng = np.random.default_rng(0)
+    energy, noise = -4000.0 + rng.standard_normal((5, 3)), rng.random((5, 3))
+    prediction = replace(_prediction([0.1] * 3, [[0.1] * 3] * 3), energy=energy, energy_noise_sd=noise)
+    expected = np.sqrt(energy.var(axis=0, ddof=1) + (noise**2).mean(axis=0))
+    np.testing.assert_allclose(prediction.energy_predictive_sd, expected, rtol=1e-13)
+
+
 def test_audits_take_served_frames_only_and_only_below_their_probability() -> None:
     policy = replace(ENERGY, audit_probability=0.1)
     prediction = _prediction([0.1, 0.1, 5.0], [[0.1] * 3] * 3)

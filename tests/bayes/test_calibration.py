@@ -158,3 +158,12 @@ def test_the_promise_is_kept_among_served_frames(world: str) -> None:
         )
         if audit or world != "jump 1 to 5":
             assert broken <= 0.05 * served
+
+
+def test_ordinary_sds_get_the_same_probability_beside_one_that_is_not() -> None:
+    """Ordinary batches take a short way; a zero, an infinity or no number beside them takes the long one."""
+    calibration, sds = _after(12, 1.0), np.logspace(-6, 4, 30)
+    for odd in (0.0, 1e-310, np.inf, np.nan):
+        together = calibration.probability_exceeds(np.append(sds, odd), 0.5)
+        assert np.array_equal(calibration.probability_exceeds(sds, 0.5), together[:-1])
+        assert together[-1] == (0.0 if odd < 1.0 else 1.0)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from bnn_driver.bayes.schedule import LongRun, cosine, temperature
+from bnn_driver.bayes.schedule import Course, LongRun, cosine, temperature
 
 
 def test_the_cosine_falls_from_its_start_and_stays_positive() -> None:
@@ -33,3 +33,12 @@ def test_a_long_run_takes_one_sample_after_burn_in_and_one_per_cycle() -> None:
     assert (run.step_size(0), run.step_size(100), run.step_size(140)) == (3e-3, 1e-3, 1e-3)
     assert run.step_size(50) == pytest.approx((3e-3 * 1e-5) ** 0.5)
     assert (run.adapts_mass(89), run.adapts_mass(90)) == (True, False)
+
+
+def test_a_short_way_passes_through_the_rest_of_the_schedule() -> None:
+    whole = Course(2000)
+    short = whole.settle(600, 350)
+    assert (whole.length, short.length) == (2000, 950)
+    assert [short.place(k) for k in (0, 599, 600, 601, 949)] == [0, 599, 600, 604, 1996]
+    values = [cosine(short.place(k), 2000, 1e-3) for k in range(short.length)]
+    assert all(a > b > 0 for a, b in itertools.pairwise(values))

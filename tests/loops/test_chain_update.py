@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bnn_driver.bayes import sghmc
-from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
+from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel, Targets
 from bnn_driver.bayes.posterior import MinibatchPosterior
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
@@ -141,6 +141,32 @@ def test_a_batch_survives_being_taken_apart() -> None:
         assert getattr(again.targets, field.name) is getattr(batch.targets, field.name), field.name
     assert again.volume is batch.volume
     assert again.graph.tensors() == batch.graph.tensors()
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_squared_residuals_are_those_of_the_likelihood(periodic: bool) -> None:
+    """A label's -2 log p is its squared residuals plus what does not depend on the label; five labels are two minibatches."""
+    learner, labels = learner_of(), labels_of(periodic)
+    loss = TrainingLoss.build(learner, labels)
+    theta, _, _ = minibatch(learner)
+    rows = [4, 0, 1, 2, 3]
+    sums, components = loss.squared_residuals(theta, rows)
+    exact = TrainingLoss(loss.learner, loss.graph, met_exactly(loss, theta[:1]), loss.atoms, loss.volume)
+    index, weight = torch.tensor([rows]), torch.full((1, 5), 2.0, dtype=torch.float64)
+    leaf = theta[:1].clone().requires_grad_(True)
+    difference = (loss(leaf, index, weight) - exact(leaf, index, weight)).detach()
+    torch.testing.assert_close(sums[:1].sum(1), difference, rtol=1e-9, atol=1e-7)
+    assert components.tolist() == [5, 15 * len(labels[0].frame.numbers), 6 * 2 if periodic else 0]
+    assert not sums.requires_grad
+
+
+def met_exactly(loss: TrainingLoss, theta: torch.Tensor) -> Targets:
+    """Labels that one chain predicts without any error."""
+    batch = loss._batch(torch.arange(5)[None])
+    energy, forces, stress, *_ = loss._compared(loss.learner.layout.views(theta), batch, create_graph=False)
+    return Targets(
+        energy[0].detach(), forces[0].detach(), None if stress is None else stress[0].detach(), loss.targets.has_stress
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])

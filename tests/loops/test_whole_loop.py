@@ -118,6 +118,18 @@ def test_ring_polymers_are_judged_bead_by_bead(tmp_path: Path, beads: int, batch
     assert {item.context["bead"] for item in labels(config)} - {0}, "other beads than the first are labelled too"
 
 
+def test_updates_may_end_early_and_say_after_how_many_steps(tmp_path: Path) -> None:
+    config = write_run(tmp_path, steps=20)
+    config.write_text(config.read_text().replace("steps_per_update = 60", "steps_per_update = 120\nstop_when_learnt = true"))
+    done = program("run", config)
+    assert done.returncode == 0, done.stderr
+    assert len(outputs(config)) == 21
+    made = [e["steps"] for e in read_events(tmp_path / "run" / "events") if e["kind"] == "update"]
+    assert made
+    assert set(made) <= set(range(38 + 30, 121)), "a test every 2 steps from 30 on, five are needed, and 30 steps follow"
+    assert min(made) < 120
+
+
 def test_chains_may_lag_behind(tmp_path: Path) -> None:
     config = write_run(tmp_path, steps=30, max_lag=3)
     done = program("run", config)
