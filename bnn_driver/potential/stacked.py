@@ -112,6 +112,10 @@ class StackedPotential:
         features = features.view(members, a, b, -1).index_select(1, g.inverse).transpose(1, 2)
         return Evaluation(energy, forces, virial, features)
 
+    def prepare_frames(self, graph: Graph) -> Graph:
+        """Nothing is kept: all weights move."""
+        return graph
+
     # ---- geometry: no weights, no automatic derivative
 
     def _geometry(self, g: Arranged) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -140,20 +144,28 @@ class StackedPotential:
     def _network(self, weights: Weights, y: Tensor, radial: list[Tensor], g: Arranged) -> tuple[Tensor, Tensor]:
         """Interaction energy of each node (M, N) and features (M, N, F)."""
         m, n = len(y), g.kind.numel()
-        embedding = weights["node_embedding.linear.weight"].view(m, len(self.elements), -1) * self.tables.embedding_scale
         blocks: list[Tensor] = []
         energy = y.new_zeros(m, n)
         scalars = []
         for t, layer in enumerate(self.tables.layers):
-            message = self._messages(layer, weights, embedding if t == 0 else None, blocks, y, radial[t], g)
-            contracted = self._contract(t, weights, message, g)
-            skip = self._skip(layer, weights, embedding if t == 0 else None, blocks, g)
-            blocks = product(layer, weights, contracted, skip)
+            blocks = self._layer(t, weights, blocks, y, radial[t], g)
             scalars.append(blocks[layer.scalar].flatten(2))
         for readout in self.tables.readouts:
             energy = energy + read(readout, weights, scalars[readout.layer])
         features = torch.cat(scalars[-2:], dim=2)
         return energy * self.tables.scale + self.tables.shift, features
+
+    def _layer(self, t: int, weights: Weights, blocks: list[Tensor], y: Tensor, radial: Tensor, g: Arranged) -> list[Tensor]:
+        """Node features after layer t from those before it (none before the first): per block (M, N, 2l+1, C)."""
+        layer = self.tables.layers[t]
+        embedding = None
+        if t == 0:
+            w = weights["node_embedding.linear.weight"]
+            embedding = w.view(len(y), len(self.elements), -1) * self.tables.embedding_scale
+        message = self._messages(layer, weights, embedding, blocks, y, radial, g)
+        contracted = self._contract(t, weights, message, g)
+        skip = self._skip(layer, weights, embedding, blocks, g)
+        return product(layer, weights, contracted, skip)
 
     def _messages(
         self,
