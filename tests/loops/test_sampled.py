@@ -33,8 +33,8 @@ MODES = ["last-interaction", "readout"]
 SETTINGS = UpdateSettings(40, 3, 1e-3, SghmcSettings(0.1, 0.999, 1e-4), 1.0, 0.2, 0.05, 10.0, (0.0, 1e9))
 
 
-def learner_of(sampled: Any) -> Learner:
-    potential = make_potential(random_mace(), [1, 6, 8], torch.float64, "cpu", path="stacked", sampled=sampled)
+def learner_of(sampled: Any, compile: Any = "off") -> Learner:
+    potential = make_potential(random_mace(), [1, 6, 8], torch.float64, "cpu", path="stacked", compile=compile, sampled=sampled)
     return Learner.around(potential, NoiseModel(0.01, 0.05, 0.001, NoiseHead(potential.n_features, (3,))), 0.5, SETTINGS, 0)
 
 
@@ -105,6 +105,20 @@ def test_the_second_update_begins_with_the_first_and_knows_its_labels() -> None:
     other, _ = update(dataclasses.replace(learner_of("readout")), first, items, 0)
     for name, x in again.weights.items():
         np.testing.assert_allclose(x, other.weights[name], rtol=0, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_gradient_equals_the_plain_one() -> None:
+    plain, fast = learner_of("readout"), learner_of("readout", "on")
+    items, index = labels_of(periodic=True), torch.tensor([[0, 1, 4], [2, 3, 1]])
+    theta = plain.layout.flat({name: torch.as_tensor(x) for name, x in start(plain, 2).weights.items()})
+    a, b = TrainingLoss.build(plain, items), TrainingLoss.build(fast, items)
+    for shift in range(3):
+        expected, loss = a.gradient(theta + 0.01 * shift, index, torch.ones(2, 3, dtype=torch.float64))
+        found, value = b.gradient(theta + 0.01 * shift, index, torch.ones(2, 3, dtype=torch.float64))
+        torch.testing.assert_close(value, loss, rtol=1e-11, atol=0)
+        assert (found - expected).abs().max() <= 1e-11 * expected.abs().max()
+    assert fast.potential.compiler.compiled == 1
 
 
 def sampling(config: Path, value: str, model: str = "embedded") -> Path:
