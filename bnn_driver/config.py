@@ -92,6 +92,8 @@ class EnsembleSettings(_Section):
     """Prior, likelihood and sampler of the Bayesian network."""
 
     members: int = Field(default=8, ge=2)
+    sampled: Literal["all", "last-interaction", "readout"] = "all"
+    """The weights that move; the others keep their foundation values, and what they make of a frame is computed once for all members."""
     prior_sd: float = Field(default=0.5, gt=0)
     """sigma_TL: weights ~ N(foundation, prior_sd²); published 0.5 for MACE."""
     energy_noise: Fraction = 0.1

@@ -84,6 +84,11 @@ def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model
     s = config.potential
     dtype = getattr(torch, s.dtype)
     if s.model == TOY:
+        if config.ensemble.sampled != "all":
+            raise ConfigError(
+                f'[ensemble] sampled = "{config.ensemble.sampled}" needs a MACE, but [potential] model is "{TOY}", which has neither '
+                'interactions nor readouts; give a MACE model, or leave sampled at "all"'
+            )
         generator = torch.Generator().manual_seed(derive(0, "toy potential"))
         potential: Potential = ToyPotential(np.unique(numbers).tolist(), dtype=dtype, device=device, generator=generator)
         checksum = TOY
@@ -91,7 +96,15 @@ def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model
         file = base / s.model
         loaded = load_mace(file if file.is_file() else s.model, s.head, device)
         potential = make_potential(
-            loaded.module, numbers.tolist(), dtype, device, s.path, loaded.head, compile=s.compile, kernels=s.kernels
+            loaded.module,
+            numbers.tolist(),
+            dtype,
+            device,
+            s.path,
+            loaded.head,
+            compile=s.compile,
+            kernels=s.kernels,
+            sampled=config.ensemble.sampled,
         )
         checksum = loaded.sha256
     head = NoiseHead(potential.n_features, config.ensemble.noise_head)
@@ -160,6 +173,7 @@ def physics(config: Config, frames: Frames, model: Model, oracle_facts: dict[str
         "model": model.checksum,
         "head": config.potential.head,
         "members": config.ensemble.members,
+        "sampled": config.ensemble.sampled,
         "noise_head": list(config.ensemble.noise_head),
         "numbers": frames.numbers.tolist(),
         "periodic": frames.periodic,

@@ -133,7 +133,7 @@ class TrainingLoss:
             None if stress is None else tensor(has_stress, torch.bool),
         )
         graph = build_graph(frames, potential.cutoff, potential.dtype, potential.device, rounded=potential.compiler.active)
-        return cls(learner, graph, targets, tuple(frames.numbers.tolist()), volume)
+        return cls(learner, potential.prepare_frames(graph), targets, tuple(frames.numbers.tolist()), volume)
 
     @property
     def components(self) -> int:

@@ -11,8 +11,7 @@ from bnn_driver.config import read_config
 from bnn_driver.errors import ConfigError, EnvironmentProblem
 from bnn_driver.loops.assembly import load_model
 from bnn_driver.potential.export import export_mace
-from bnn_driver.potential.modules import ModulesPotential
-from bnn_driver.potential.stacked import StackedPotential
+from bnn_driver.potential.factory import MacePotential
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import RunDirectory, read_json
@@ -55,7 +54,7 @@ def export_run(run_path: Path, target: str, folder: Path) -> str:
     config = read_config(run.path / "bnn.toml")
     base = Path(facts["effective"]["base"])
     model = load_model(config, base, np.array(facts["physics"]["numbers"]), "cpu")
-    if not isinstance(model.potential, StackedPotential | ModulesPotential):
+    if not isinstance(model.potential, MacePotential):
         raise ConfigError("this run has the toy potential, which has no model file to export")
     if model.checksum != facts["physics"]["model"]:
         raise EnvironmentProblem(

@@ -35,7 +35,8 @@ class Potential(Protocol):
 
     `weights` holds θ_0 without a member axis; `evaluate` takes weights of the same names with one in front.
     `prepare` may change and add entries that depend on the weights alone, so that frames can be evaluated many times
-    with the same weights; what it returns is only good for `evaluate`, never for the sampler.
+    with the same weights; what it returns is only good for `evaluate`, never for the sampler.  `prepare_frames` is its
+    counterpart: frames that are evaluated many times while the weights change, which is training.
     """
 
     elements: tuple[int, ...]
@@ -64,6 +65,10 @@ class Potential(Protocol):
 
     def prepare(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Weights with what follows from them alone.  Args: weights: name -> (M, ...)."""
+        ...
+
+    def prepare_frames(self, graph: Graph) -> Graph:
+        """Frames with what does not depend on the weights that move.  Args: graph: leading axes (B,)."""
         ...
 
     def evaluate(self, weights: Mapping[str, Tensor], graph: Graph, *, create_graph: bool = False) -> Evaluation:

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from bnn_driver.errors import ModelError
-from bnn_driver.potential.modules import ModulesPotential
+from bnn_driver.potential.factory import MacePotential
 from bnn_driver.potential.params import unstack_weights
-from bnn_driver.potential.stacked import StackedPotential
 
 logger = logging.getLogger(__name__)
 
 
-def to_mace(potential: StackedPotential | ModulesPotential, weights: Mapping[str, Tensor]) -> nn.Module:
+def to_mace(potential: MacePotential, weights: Mapping[str, Tensor]) -> nn.Module:
     """A full MACE module, all elements and heads, with the weights of one member.
 
-    Entries of absent elements and other heads keep their foundation values.
+    Weights that are not sampled, and entries of absent elements and other heads, keep their foundation values.
 
     Args: weights: name -> (...), without member axis; names under "noise." are left out.
     Raises: ModelError when a weight is missing or has another shape.
@@ -39,7 +38,7 @@ def to_mace(potential: StackedPotential | ModulesPotential, weights: Mapping[str
     return module
 
 
-def export_mace(potential: StackedPotential | ModulesPotential, weights: Mapping[str, Tensor], folder: str | Path) -> list[Path]:
+def export_mace(potential: MacePotential, weights: Mapping[str, Tensor], folder: str | Path) -> list[Path]:
     """Write member_0.model, member_1.model, ... into a folder; each replaces an older file at once or not at all.
 
     Args: weights: name -> (M, ...), on any device.   Returns: the paths.

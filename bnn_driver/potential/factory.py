@@ -19,11 +19,13 @@ from bnn_driver.potential.graph import Graph, build_graph
 from bnn_driver.potential.modules import ModulesPotential
 from bnn_driver.potential.params import repeat_weights
 from bnn_driver.potential.stacked import PLAIN_PATH, StackedPotential
+from bnn_driver.potential.subspace import Sampled, SubspacePotential, sampled_names
 from bnn_driver.records import Frames
 
 logger = logging.getLogger(__name__)
 
 Path = Literal["auto", "stacked", "modules", "cueq"]
+MacePotential = StackedPotential | ModulesPotential | SubspacePotential
 
 #: largest allowed difference of energies and forces between the two paths, relative to the largest force
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -41,33 +43,34 @@ def make_potential(
     check: Frames | None = None,
     compile: Mode = "off",
     kernels: Literal["auto", "off"] = "auto",
-) -> StackedPotential | ModulesPotential:
+    sampled: Sampled = "all",
+) -> MacePotential:
     """A potential for the elements in `numbers`.
 
     Args: path: "auto" takes the fast path when it covers the model and agrees with MACE's own code on `check`.
             "cueq" takes MACE's code with cuEquivariance's operators when that agrees, and else what "auto" takes.
         head: index of the head.   check: frames for the comparison; a random cluster when not given.
         compile: whether the fast path is compiled, see `compiling.Compiler`.   kernels: "auto" takes those of `native` on a CPU where
-        they can be compiled.
+        they can be compiled.   sampled: which weights move.
     Raises: ModelError when an element is unknown, or "stacked" was asked for and cannot be had.
     """
     device = torch.device(device)
     elements = tuple(sorted({int(z) for z in numbers}))
     module = module.to(device=device, dtype=dtype)
     if path == "modules":
-        return _announced(ModulesPotential(module, elements, head, dtype, device, "asked for"))
+        return _announced(ModulesPotential(module, elements, head, dtype, device, "asked for"), sampled)
     reference = ModulesPotential(module, elements, head, dtype, device, "reference")
     if path == "cueq":
         accelerated = _cueq(module, reference, elements, head, check or random_cluster(numbers))
         if accelerated is not None:
-            return _announced(accelerated)
+            return _announced(accelerated, sampled)
     try:
         stacked = StackedPotential(module, elements, head, dtype, device, kernels=kernels == "auto")
         _check_kernels(stacked, check or random_cluster(numbers))
         error = disagreement(stacked, reference, check or random_cluster(numbers))
         if error <= TOLERANCE[dtype]:
             stacked.compiler = Compiler(compile)
-            return _announced(stacked)
+            return _announced(stacked, sampled)
         why = f"the fast path differs from MACE by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
         logger.warning("%s; MACE's own code is used. Please report the model.", why)
     except UnsupportedModel as refusal:
@@ -77,7 +80,7 @@ def make_potential(
         logger.warning("%s; MACE's own code is used. Please report the model.", why)
     if path == "stacked":
         raise ModelError(f"path = stacked cannot be had: {why}. Use path = auto.")
-    return _announced(ModulesPotential(module, elements, head, dtype, device, why))
+    return _announced(ModulesPotential(module, elements, head, dtype, device, why), sampled)
 
 
 def _cueq(
@@ -166,7 +169,14 @@ def random_cluster(numbers: Sequence[int]) -> Frames:
     return Frames(np.array(chosen), positions)
 
 
-def _announced(potential: StackedPotential | ModulesPotential) -> StackedPotential | ModulesPotential:
+def _announced(whole: StackedPotential | ModulesPotential, sampled: Sampled) -> MacePotential:
+    """The potential with the weights that move, said once."""
+    potential: MacePotential = whole
+    if sampled != "all" and isinstance(whole, StackedPotential):
+        potential = SubspacePotential(whole, sampled)
+    elif sampled != "all" and isinstance(whole, ModulesPotential):
+        whole.restrict(sampled_names(whole.weights, sampled, len(whole.module.interactions)), sampled)
+        logger.warning("sampled = %s saves no time here: mace's own code evaluates all layers for every member", sampled)
     weights = sum(x.numel() for x in potential.weights.values())
     logger.info("potential path: %s; %d sampled weights, elements %s", potential.path, weights, potential.elements)
     return potential

@@ -26,14 +26,46 @@ class Bonds:
     rho: Tensor | None
     """(M, Q, 1) contribution to the density, where the model has one."""
     drho: Tensor | None
+    r: Tensor | None = None
+    """(M, Q) stands for the bond lengths where the convolution is differentiated by them and not by w; its values are not read."""
 
-    def leaves(self, w: bool) -> list[Tensor]:
-        """What the energy is differentiated by on its way to the bond lengths, w among it or not."""
-        return [x for x in (self.w if w else None, self.rho) if x is not None]
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What the energy is differentiated by on its way to the bond lengths."""
+        return [x for x in (self.w if self.r is None else self.r, self.rho) if x is not None]
 
-    def slopes(self, w: bool) -> list[Tensor]:
-        """Their derivatives along the bonds."""
-        return [x for x in (self.dw if w else None, self.drho) if x is not None]
+    @property
+    def slopes(self) -> list[Tensor | None]:
+        """How each of the leaves changes along its bond; None: by one."""
+        of_w = self.dw if self.r is None else None
+        return [of_w] if self.rho is None else [of_w, self.drho]
+
+    def made_leaves(self, kernels: bool) -> Bonds:
+        """The same, ready for one derivative.  Args: kernels: these take it by the bond lengths."""
+        r = self.w.new_zeros(self.w.shape[:2]).requires_grad_(True) if kernels else None
+        w = self.w if kernels else self.w.requires_grad_(True)
+        return Bonds(w, self.dw, None if self.rho is None else self.rho.requires_grad_(True), self.drho, r)
+
+    def of_members(self, members: int) -> Bonds:
+        """Those of the first members, or equal ones where there is but one; no leaves."""
+        rho, drho = (None if x is None else _first(x, members) for x in (self.rho, self.drho))
+        return Bonds(_first(self.w, members), _first(self.dw, members), rho, drho)
+
+    def shortened(self, members: int) -> Bonds:
+        """Of the first members alone, leaves as they are: for the slopes of their gradients."""
+        rho, drho, r = (None if x is None else x[:members] for x in (self.rho, self.drho, self.r))
+        return Bonds(self.w[:members], self.dw[:members], rho, drho, r)
+
+
+def _first(x: Tensor, members: int) -> Tensor:
+    return x.detach().expand(members, *x.shape[1:]).clone() if len(x) == 1 else x.detach()[:members]
+
+
+def slope_along_bonds(gradients: Sequence[Tensor], radial: Sequence[Bonds]) -> Tensor:
+    """∂E/∂r (M, Q) of the bonds.  Args: gradients: of the leaves of `radial`, in their order."""
+    slopes = [slope for bonds in radial for slope in bonds.slopes]
+    parts = [g if slope is None else (g * slope).sum(dim=-1) for g, slope in zip(gradients, slopes, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
 
 def forward_mode(network: Dense, weights: Mapping[str, Tensor], x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:

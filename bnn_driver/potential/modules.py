@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,9 +46,20 @@ class ModulesPotential:
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)
 
+    def restrict(self, names: Collection[str], why: str) -> None:
+        """Let these weights move alone, before anything is evaluated.  Args: why: what the choice is called."""
+        self.sampled = self.sampled.only(names, why)
+        self.weights = self.sampled.theta()
+        self.never_sampled = self.sampled.never_sampled
+        self.path = f"{self.path}; sampled: {why}"
+
     def prepare(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Nothing follows from the weights alone."""
         return weights
+
+    def prepare_frames(self, graph: Graph) -> Graph:
+        """Nothing is kept: mace's modules compute all or nothing."""
+        return graph
 
     def evaluate(self, weights: Mapping[str, Tensor], graph: Graph, *, create_graph: bool = False) -> Evaluation:
         """See `Potential.evaluate`."""

@@ -6,7 +6,8 @@ unchanged in an exported model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +44,14 @@ class SampledWeights:
                 never[name] = reason
         buffers = ("atomic_energies_fn: energies of the free atoms", "scale_shift: scale and shift", "U_matrix_*: coupling")
         self.never_sampled = (*buffers, *(f"{name}: {reason}" for name, reason in never.items()))
+
+    def only(self, names: Collection[str], why: str) -> SampledWeights:
+        """Some of these weights; the others keep their foundation values.  Args: why: what the choice is called."""
+        chosen = copy.copy(self)
+        chosen.index = {name: index for name, index in self.index.items() if name in names}
+        fixed = sorted({".".join(name.split(".")[:2]) for name in self.index if name not in names})
+        chosen.never_sampled = (*self.never_sampled, *(f"{room}.*: sampled = {why}" for room in fixed))
+        return chosen
 
     def theta(self) -> dict[str, Tensor]:
         """θ_0 without member axis."""

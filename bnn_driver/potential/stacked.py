@@ -25,7 +25,18 @@ from bnn_driver.potential.contract import Evaluation
 from bnn_driver.potential.contraction import Contraction, Monomials
 from bnn_driver.potential.folding import EMBEDDING, fold, folding_factors
 from bnn_driver.potential.graph import Graph
-from bnn_driver.potential.layers import Bonds, by_element, convolve, element_matrix, forward_mode, matrix, mix, product, read
+from bnn_driver.potential.layers import (
+    Bonds,
+    by_element,
+    convolve,
+    element_matrix,
+    forward_mode,
+    matrix,
+    mix,
+    product,
+    read,
+    slope_along_bonds,
+)
 from bnn_driver.potential.native.convolution import Convolution, layer_tables, refusal
 from bnn_driver.potential.native.polynomial import PolynomialTables
 from bnn_driver.potential.planning import CACHE, STREAMED
@@ -77,9 +88,14 @@ class StackedPotential:
         return STREAMED if self.native else CACHE
 
     def prepare(self, weights: Weights) -> Weights:
-        """Weights with all constant factors, and the coefficients of the contraction that follow from them."""
+        """Weights with all constant factors, and the coefficients of the contraction that follow from them.
+
+        Args: weights: all of them, or those of some layers.
+        """
         out = fold(weights, self._factors)
         for t, layer in enumerate(self.tables.layers):
+            if layer.contraction.couplings[0].weights[0] not in weights:
+                continue
             groups = self._contraction_weights(layer, weights)
             for name, contraction in self._contraction_forms(layer):
                 out[f"{name}{t}"] = contraction.weights(groups)
@@ -124,20 +140,12 @@ class StackedPotential:
         with torch.enable_grad():
             y = harmonics.expand(members, *harmonics.shape[1:])
             y = (y.clone() if create_graph else y.detach()).requires_grad_(True)
-            r = None
-            if self.native and not create_graph:
-                r = radial[0].w.new_zeros(radial[0].w.shape[:2]).requires_grad_(True)
-            leaves = [leaf for bonds in radial for leaf in bonds.leaves(w=r is None)]
-            if not create_graph:
-                leaves = [leaf.requires_grad_(True) for leaf in leaves]
-            inputs = [y, *leaves] if r is None else [y, r, *leaves]
-            node_energy, features = self._network(weights, y, radial, r, g)
+            radial = [bonds.made_leaves(kernels=bool(self.native)) for bonds in radial] if not create_graph else radial
+            node_energy, features = self._network(weights, y, radial, g)
+            inputs = [y, *(leaf for bonds in radial for leaf in bonds.leaves)]
             gradient_y, *grads = torch.autograd.grad(node_energy.sum(), inputs, create_graph=create_graph)
         with torch.set_grad_enabled(create_graph):
-            slope = node_energy.new_zeros(()) if r is None else grads.pop(0)
-            slopes_of = [change for bonds in radial for change in bonds.slopes(w=r is None)]
-            for gradient, change in zip(grads, slopes_of, strict=True):
-                slope = slope + (gradient * change).sum(dim=-1)
+            slope = slope_along_bonds(grads, radial)
             node_energy, slope = self._with_repulsion(node_energy, slope, g, length)
             forces, virial = edge_sums(gradient_y, slope, slopes, unit, g)
             energy = self._total(node_energy, g)
@@ -146,6 +154,10 @@ class StackedPotential:
         a, b, _ = g.shape
         features = features.view(members, a, b, -1).index_select(1, g.inverse).transpose(1, 2)
         return Evaluation(energy, forces, virial, features)
+
+    def prepare_frames(self, graph: Graph) -> Graph:
+        """Nothing is kept: all weights move."""
+        return graph
 
     # ---- geometry: no weights, no automatic derivative
 
@@ -175,23 +187,28 @@ class StackedPotential:
 
     # ---- network
 
-    def _network(self, weights: Weights, y: Tensor, radial: list[Bonds], r: Tensor | None, g: Arranged) -> tuple[Tensor, Tensor]:
-        """Interaction energy of each node (M, N) and features (M, N, F).  Args: r: see `Convolution.along_bonds`, where it is used."""
+    def _network(self, weights: Weights, y: Tensor, radial: list[Bonds], g: Arranged) -> tuple[Tensor, Tensor]:
+        """Interaction energy of each node (M, N) and features (M, N, F)."""
         m, n = len(y), g.kind.numel()
-        embedding = weights[EMBEDDING].view(m, len(self.elements), -1)
         blocks: list[Tensor] = []
         energy = y.new_zeros(m, n)
         scalars = []
         for t, layer in enumerate(self.tables.layers):
-            message = self._messages(t, weights, embedding if t == 0 else None, blocks, y, radial[t], r, g)
-            contracted = self._contract(t, weights, message, g)
-            skip = self._skip(layer, weights, embedding if t == 0 else None, blocks, g)
-            blocks = product(layer, weights, contracted, skip)
+            blocks = self._layer(t, weights, blocks, y, radial[t], g)
             scalars.append(blocks[layer.scalar].flatten(2))
         for readout in self.tables.readouts:
             energy = energy + read(readout, weights, scalars[readout.layer])
         features = torch.cat(scalars[-2:], dim=2)
         return energy * self.tables.scale + self.tables.shift, features
+
+    def _layer(self, t: int, weights: Weights, blocks: list[Tensor], y: Tensor, bonds: Bonds, g: Arranged) -> list[Tensor]:
+        """Node features after layer t from those before it (none before the first): per block (M, N, 2l+1, C)."""
+        layer = self.tables.layers[t]
+        embedding = weights[EMBEDDING].view(len(y), len(self.elements), -1) if t == 0 else None
+        message = self._messages(t, weights, embedding, blocks, y, bonds, g)
+        contracted = self._contract(t, weights, message, g)
+        skip = self._skip(layer, weights, embedding, blocks, g)
+        return product(layer, weights, contracted, skip)
 
     def _messages(
         self,
@@ -201,7 +218,6 @@ class StackedPotential:
         blocks: list[Tensor],
         y: Tensor,
         bonds: Bonds,
-        r: Tensor | None,
         g: Arranged,
     ) -> Tensor:
         """Summed, mixed messages (M, N, n, C)."""
@@ -209,7 +225,7 @@ class StackedPotential:
         m, n, k = len(y), g.kind.numel(), g.shape[2]
         up = self._up(layer, weights, embedding, blocks)
         if self.native:
-            summed = self._convolved(t, up, y, bonds, r, g)
+            summed = self._convolved(t, up, y, bonds, g)
         else:
             index = g.source if embedding is None else g.source_kind
             sources = [None if x is None else rows(x.flatten(2), index).view(m, -1, *x.shape[2:]) for x in up]
@@ -239,13 +255,12 @@ class StackedPotential:
             out.append(torch.bmm(blocks[i].reshape(m, n * d, c), matrix(weights[layer.up.weight], part)).view(m, n, d, -1))
         return out
 
-    def _convolved(
-        self, t: int, up: list[Tensor | None], y: Tensor, bonds: Bonds, r: Tensor | None, g: Arranged
-    ) -> list[Tensor | None]:
+    def _convolved(self, t: int, up: list[Tensor | None], y: Tensor, bonds: Bonds, g: Arranged) -> list[Tensor | None]:
         """The convolution by the kernels, see `layers.convolve`."""
         there = [x for x in up if x is not None]
         x = there[0] if len(there) == 1 else torch.cat(there, dim=2)
         convolution = Convolution.on(self.native[t], g, g.source_kind if t == 0 else g.source, inner_x=t > 0)
+        r = bonds.r
         found = convolution(bonds.w, x, y) if r is None else convolution.along_bonds(r, bonds.w, bonds.dw, x, y)
         rest = iter(found)
         return [None if part is None else next(rest) for part in self.tables.layers[t].mid.parts]

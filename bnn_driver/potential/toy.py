@@ -57,6 +57,10 @@ class ToyPotential:
         """Nothing follows from the weights alone."""
         return weights
 
+    def prepare_frames(self, graph: Graph) -> Graph:
+        """Nothing is kept: all weights move."""
+        return graph
+
     def evaluate(self, weights: Mapping[str, Tensor], graph: Graph, *, create_graph: bool = False) -> Evaluation:
         """See `Potential.evaluate`."""
         members = len(weights["morse.depth"])

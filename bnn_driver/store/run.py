@@ -21,6 +21,8 @@ from bnn_driver.store.files import holder, plain, read_json, write_atomic
 __all__ = ["EventLog", "RunDirectory", "read_events", "read_json", "read_segments", "write_atomic"]
 
 _log = logging.getLogger(__name__)
+_UNSAID = {"sampled": "all"}
+"""Physics that runs of older versions have without recording it."""
 _SEGMENT = re.compile(r"^(\d{3,})\.jsonl$")
 
 
@@ -140,7 +142,8 @@ class RunDirectory:
             raise EnvironmentProblem(
                 f"{self.settings_file} has no tables effective and physics; restore it from a copy or start a new run directory"
             )
-        forbidden = _differences(old["physics"], new["physics"])
+        unsaid = {key: value for key, value in _UNSAID.items() if key in physics}
+        forbidden = _differences(unsaid | old["physics"], new["physics"])
         if forbidden:
             lines = "\n".join(f"  {key}: was {_short(a)}, now {_short(b)}" for key, (a, b) in forbidden.items())
             raise ConfigError(

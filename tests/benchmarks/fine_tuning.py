@@ -26,6 +26,7 @@ from bnn_driver.bayes.minibatch import draw_chains
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
 from bnn_driver.loops.chain_update import Learner, TrainingLoss, update
+from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.factory import make_potential
 from bnn_driver.potential.mace import load_mace
@@ -79,10 +80,12 @@ def as_labels(labelled: Labelled, foundation_energy: float) -> list[LabelledFram
     return items
 
 
-def make_learner(potential: StackedPotential, steps: int, prior_sd: float, seed: int, step_size: float = 1e-3) -> Learner:
-    """Published settings but for what is given."""
+def make_learner(
+    potential: Potential, steps: int, prior_sd: float, seed: int, step_size: float = 1e-3, accuracy: float = ACCURACY
+) -> Learner:
+    """Published settings but for what is given.  Args: accuracy: eV, of which a tenth is the noise of a label's energy."""
     head = NoiseHead(potential.n_features, (64, 16))
-    noise = NoiseModel(0.1 * ACCURACY, FORCE_NOISE, 1.0, head)
+    noise = NoiseModel(0.1 * accuracy, FORCE_NOISE, 1.0, head)
     settings = UpdateSettings(steps, 5, step_size, SghmcSettings(0.1, 0.999, 1e-4), 1.0, 0.2, 0.05, 1e9, (0.0, 1e9))
     return Learner.around(potential, noise, prior_sd, settings, seed)
 
@@ -168,19 +171,27 @@ def row(name: str, prediction: Prediction, test: Labelled, seconds: float) -> st
     """One line of the table."""
     energy, forces = errors(prediction.mean_energy, prediction.mean_forces, test)
     text = f"{name:<26}{energy:8.3f}{forces:8.3f}"
-    if prediction.members > 1:
-        error = prediction.mean_energy - test.energy
-        error = np.abs(error - error.mean()) / KCAL_PER_MOL
-        sd = prediction.energy_predictive_sd / KCAL_PER_MOL
-        f_error = np.abs(prediction.mean_forces - test.forces).ravel() / KCAL_PER_MOL
-        f_sd = prediction.force_predictive_sd.ravel() / KCAL_PER_MOL
-        text += f"{np.sqrt(np.mean((error / sd) ** 2)):8.2f}{np.sqrt(np.mean((f_error / f_sd) ** 2)):8.2f}"
-        text += f"{spearmanr(error, sd).statistic:8.2f}{spearmanr(f_error, f_sd).statistic:8.2f}"
-        text += f"{auroc(error, sd, 0.5):8.2f}{auroc(f_error, f_sd, 1.0):8.2f}"
-        text += f"{np.mean(error < 1.96 * sd):8.2f}{np.mean(f_error < 1.96 * f_sd):8.2f}"
-    else:
-        text += " " * 64
+    text += "".join(f"{x:8.2f}" for x in trust(prediction, test).values()) if prediction.members > 1 else " " * 64
     return text + f"{seconds:9.0f}"
+
+
+def trust(prediction: Prediction, test: Labelled) -> dict[str, float]:
+    """How well the predictive sds tell the errors: rms of error over sd, rank correlation, AUROC, share within 1.96 sd."""
+    error = prediction.mean_energy - test.energy
+    error = np.abs(error - error.mean()) / KCAL_PER_MOL
+    sd = prediction.energy_predictive_sd / KCAL_PER_MOL
+    f_error = np.abs(prediction.mean_forces - test.forces).ravel() / KCAL_PER_MOL
+    f_sd = prediction.force_predictive_sd.ravel() / KCAL_PER_MOL
+    return {
+        "z E": np.sqrt(np.mean((error / sd) ** 2)),
+        "z F": np.sqrt(np.mean((f_error / f_sd) ** 2)),
+        "rank E": spearmanr(error, sd).statistic,
+        "rank F": spearmanr(f_error, f_sd).statistic,
+        "auc E": auroc(error, sd, 0.5),
+        "auc F": auroc(f_error, f_sd, 1.0),
+        "cov E": np.mean(error < 1.96 * sd),
+        "cov F": np.mean(f_error < 1.96 * f_sd),
+    }
 
 
 def main() -> None:

@@ -301,7 +301,7 @@ class Table:
         return column.partition(":")[0]
 
     def _width(self, column: str) -> int:
-        return max(len(self._head(column)), 10 if self._head(column) == "system" else 7)
+        return max(len(self._head(column)), {"system": 10, "sampled": 16}.get(self._head(column), 7))
 
     def _cell(self, column: str, row: Mapping[str, Any]) -> str:
         key, _, form = column.partition(":")

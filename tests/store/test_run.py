@@ -99,6 +99,13 @@ def test_another_physics_is_refused_key_by_key(run: RunDirectory) -> None:
     assert run.settings_file.read_bytes() == before
 
 
+def test_physics_that_older_runs_left_unsaid_is_what_it_was(run: RunDirectory) -> None:
+    run.fix_settings({"a": 1}, PHYSICS)
+    with pytest.raises(ConfigError, match='sampled: was "all", now "readout"'):
+        run.fix_settings({"a": 1}, {**PHYSICS, "sampled": "readout"})
+    assert run.fix_settings({"a": 1}, {**PHYSICS, "sampled": "all"}) == {}
+
+
 def test_other_settings_may_change_and_the_change_is_an_event(run: RunDirectory) -> None:
     run.fix_settings({"trainer": {"lag": 0, "threads": 1}}, PHYSICS)
     with EventLog(run.events_dir) as events:
