@@ -103,7 +103,7 @@ def written_out(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 def test_contraction_and_its_derivatives(polynomial: Any) -> None:
     tables, slices = polynomial
     x, c = random(2, 5, 3, C, seed=1).requires_grad_(True), random(2, 3, 4, C, seed=2).requires_grad_(True)
-    ours, plain = tables(x, c, slices), written_out(x, c)
+    ours, plain = tables(x, c.unsqueeze(2), slices), written_out(x, c)
     assert (ours - plain).detach().abs().max() <= 1e-13 * float(plain.detach().abs().max())
     g = random(*plain.shape, seed=3)
     for a, b in zip(torch.autograd.grad(ours, [x, c], g), torch.autograd.grad(written_out(x, c), [x, c], g), strict=True):
@@ -114,7 +114,7 @@ def test_second_derivatives_of_the_contraction(polynomial: Any) -> None:
     tables, slices = polynomial
     x, c, g, v = random(2, 5, 3, C, seed=1), random(2, 3, 4, C, seed=2), random(2, 5, 2, C, seed=3), random(2, 5, 3, C, seed=4)
     seconds = []
-    for function in (lambda x, c: tables(x, c, slices), written_out):
+    for function in (lambda x, c: tables(x, c.unsqueeze(2), slices), written_out):
         leaves = [t.clone().requires_grad_(True) for t in (x, c, g)]
         (first,) = torch.autograd.grad(function(*leaves[:2]), leaves[0], grad_outputs=leaves[2], create_graph=True)
         seconds.append(torch.autograd.grad(first, leaves, grad_outputs=v))

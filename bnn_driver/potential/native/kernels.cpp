@@ -295,13 +295,15 @@ template <class T> struct Contracted {
     T *out, *gx, *gc;
 };
 
-template <class T, Want W> inline void contract_channels(const Polynomial& p, const Contracted<T>& a, I m, I e, I at, Vec<T>* memory) {
-    const I C = p.channels, n = p.components;
-    Vec<T>*c = memory, *x = c + p.terms, *v = x + n + 1, *dx = v + n + 1, *r = dx + n + 1, *g = r + p.outputs, *dc = g + p.outputs;
-    const T* coefficients = a.c + (m * p.elements + e) * p.terms * C + at;
-    for (I q = 0; q < p.terms; ++q) c[q] = load<T>(coefficients + q * C);
+// Coefficients lie vector of channels by vector of channels, (members, elements, channels / lanes, terms, lanes): one task reads them
+// from one end to the other.
+template <class T, Want W> inline void contract_channels(const Polynomial& p, const Contracted<T>& a, I m, I e, I block, Vec<T>* memory) {
+    const I C = p.channels, n = p.components, at = block * LANES<T>;
+    const I place = ((m * p.elements + e) * (C / LANES<T>) + block) * p.terms * LANES<T>;
+    Vec<T>*x = memory, *v = x + n + 1, *dx = v + n + 1, *r = dx + n + 1, *g = r + p.outputs;
+    const Vec<T>* c = reinterpret_cast<const Vec<T>*>(a.c + place);
     const bool weights = W != Want::value && a.gc;
-    if (weights) std::fill(dc, dc + p.terms, Vec<T>{});
+    Vec<T>* dc = weights ? reinterpret_cast<Vec<T>*>(a.gc + place) : nullptr;
     for (I node = p.slice[2 * e]; node < p.slice[2 * e + 1]; ++node) {
         const I mn = m * p.nodes + node;
         for (I i = 0; i < n; ++i) x[i] = load<T>(a.x + (mn * n + i) * C + at);
@@ -356,21 +358,19 @@ template <class T, Want W> inline void contract_channels(const Polynomial& p, co
         if (W != Want::value)
             for (I i = 0; i < n; ++i) store<T>(a.gx + (mn * n + i) * C + at, dx[i]);
     }
-    if (weights)
-        for (I q = 0; q < p.terms; ++q) store<T>(a.gc + ((m * p.elements + e) * p.terms + q) * C + at, dc[q]);
 }
 
 template <class T, Want W> void contract(const Polynomial& p, const Contracted<T>& a, int threads) {
     const I vectors = p.channels / LANES<T>, tasks = p.members * p.elements * vectors;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        std::vector<T> memory((2 * p.terms + 3 * (p.components + 1) + 2 * p.outputs + 1) * LANES<T>);
+        std::vector<T> memory((3 * (p.components + 1) + 2 * p.outputs + 1) * LANES<T>);
         const uintptr_t place = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(T) % LANES<T>;
         Vec<T>* aligned = reinterpret_cast<Vec<T>*>(memory.data() + (place ? LANES<T> - place : 0));
 #pragma omp for schedule(static)
         for (I task = 0; task < tasks; ++task) {
             const I m = task / (p.elements * vectors), e = task / vectors % p.elements;
-            contract_channels<T, W>(p, a, m, e, task % vectors * LANES<T>, aligned);
+            contract_channels<T, W>(p, a, m, e, task % vectors, aligned);
         }
     }
 }

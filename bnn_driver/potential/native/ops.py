@@ -124,8 +124,10 @@ def _convolve_gradient_shapes(
 
 
 def _contract(x: Tensor, c: Tensor, single: Tensor, pair: Tensor, start: Tensor, slices: Sequence[int], outputs: int) -> Tensor:
-    """Values (M, N, R, C) of the polynomial.  Args: x: (M, N, n, C).   c: (M, elements, terms, C).   slices: first and last node of
-    each element, one after the other."""
+    """Values (M, N, R, C) of the polynomial.
+
+    Args: x: (M, N, n, C).   c: (M, elements, C / lanes, terms, lanes).   slices: first and last node of each element, in one row.
+    """
     x, c = x.contiguous(), c.contiguous()
     out = x.new_zeros(*x.shape[:2], outputs, x.shape[3])
     _call("contract", x.dtype, *_polynomial(x, c, single, pair, start, slices, outputs), x, c, out)

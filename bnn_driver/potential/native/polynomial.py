@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnn_driver.potential.native.library import LANE_BYTES
 from bnn_driver.potential.native.ops import operators
 
 
@@ -27,9 +28,14 @@ class PolynomialTables:
     outputs: int
 
     def weights(self, weights: Sequence[Sequence[Tensor]]) -> Tensor:
-        """c of every element, (M, E, Q, C).  Args: weights: per output irrep and ν: (M, E, k_ν, C)."""
+        """c of every element, (M, E, C / lanes, Q, lanes), lanes being the channels of one vector, as the kernels read them.
+
+        Args: weights: per output irrep and ν: (M, E, k_ν, C).
+        """
         w = torch.cat([x for group in weights for x in group], dim=2)
-        return torch.matmul(self.table.T, w)
+        lanes = LANE_BYTES // w.element_size()
+        blocks = w.unflatten(3, (-1, lanes)).transpose(2, 3)  # (M, E, C / lanes, k, lanes)
+        return torch.matmul(self.table.T, blocks)
 
     def __call__(self, x: Tensor, coefficients: Tensor, slices: Sequence[tuple[int, int, int]]) -> Tensor:
         """out (M, N, R, C), differentiable twice with respect to x, once with respect to the coefficients.
