@@ -43,8 +43,13 @@ def plan(
     fitting = max(1, memory // (COPIES * max(1, bytes_per_frame)))  # members x frames
     at_once = fitting if device.type == "cuda" else min(fitting, max(frames, together // max(1, bytes_per_frame)))
     if at_once < frames:
-        return Plan(1, at_once)
-    return Plan(min(members, max(1, at_once // frames)), frames)
+        return Plan(1, _evenly(frames, at_once))
+    return Plan(_evenly(members, max(1, at_once // frames)), frames)
+
+
+def _evenly(count: int, most: int) -> int:
+    """Size of the fewest equal groups of at most `most`: 8 in groups of at most 7 go as 4 and 4, not as 7 and 1."""
+    return -(-count // -(-count // most))
 
 
 def free_memory(device: torch.device) -> int:

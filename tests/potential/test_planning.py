@@ -24,6 +24,7 @@ def test_small_work_goes_together_and_large_work_member_by_member() -> None:
     assert plan(8, 32, CACHE, GPU, MUCH) == Plan(8, 32)
     assert plan(8, 1, STREAMED // 8, CPU, MUCH, STREAMED) == Plan(8, 1)
     assert plan(8, 1, STREAMED // 4, CPU, MUCH, STREAMED) == Plan(4, 1)
+    assert plan(8, 1, STREAMED // 7, CPU, MUCH, STREAMED) == Plan(4, 1)
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
@@ -31,7 +32,7 @@ def test_what_does_not_fit_is_split_first_by_members_then_by_frames(device: torc
     size = 100 * CACHE
     assert plan(8, 4, size, device, 8 * COPIES * size).members == 2 if device is GPU else 1
     assert plan(8, 4, size, device, 4 * COPIES * size) == Plan(1, 4)
-    assert plan(8, 4, size, device, 3 * COPIES * size) == Plan(1, 3)
+    assert plan(8, 4, size, device, 3 * COPIES * size) == Plan(1, 2)
     assert plan(8, 4, size, device, 0) == Plan(1, 1)
 
 
