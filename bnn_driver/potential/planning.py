@@ -10,8 +10,8 @@ import torch
 
 #: bytes of edge tensors up to which members are better evaluated together than one by one on a CPU: while they stay in its cache
 CACHE = 2 * 2**20
-#: the same for code that hardly stores anything per edge: measured, eight members are as fast together as apart at 130 MiB and slower above
-STREAMED = 128 * 2**20
+#: the same for code that hardly stores anything per edge: measured, groups of members are fastest at about 130 MiB and slower at 270
+STREAMED = 160 * 2**20
 #: copies of an edge tensor that are alive at the peak of an evaluation with forces (measured: 8 to 13)
 COPIES = 14
 #: share of the free memory that an evaluation may take
