@@ -136,16 +136,16 @@ def _end_to_end(index: Tensor, size: int) -> Tensor:
     return (index + first).reshape(-1)
 
 
-def edge_sums(gradient_y: Tensor, slope: Tensor, slopes: Tensor, unit: Tensor, g: Arranged) -> tuple[Tensor, Tensor]:
+def edge_sums(gradient_y: Tensor, slope: Tensor, slopes: Tensor, length: Tensor, g: Arranged) -> tuple[Tensor, Tensor]:
     """Forces (M, B, A, 3) eV/Å and virial (M, B, 3, 3) eV from the derivatives of the energy.
 
-    Args: gradient_y: (M, N, K, n) ∂E/∂Y.   slope: (M, Q) ∂E/∂r of the bonds.   slopes: (L, E, n, 3) dY/dr.   unit: (L, E, 3).
+    Args: gradient_y: (M, N, K, n) ∂E/∂Y.   slope: (M, Q) ∂E/∂r of the bonds.   slopes: (L, E, n, 3) dY/dr.   length: (L, E) Å.
     """
     a, b, k = g.shape
     m, edges = len(gradient_y), a * b * k
     angular = (gradient_y.reshape(m, edges, -1, 1) * slopes).sum(dim=2)
-    at_half = torch.gather(unit.expand(m, -1, -1), 1, g.half.unsqueeze(-1).expand(m, -1, 3))
-    radial = add_rows(slope.unsqueeze(-1) * at_half, g.half, edges)
+    along = torch.gather(g.vectors, 1, g.half.unsqueeze(-1).expand(-1, -1, 3)) / torch.gather(length, 1, g.half).unsqueeze(-1)
+    radial = add_rows(slope.unsqueeze(-1) * along, g.half, edges)
     gradient = (angular + radial) * g.mask.unsqueeze(-1)
     forces = add_rows(gradient, g.source, a * b) - gradient.view(m, a * b, k, 3).sum(dim=2)
     forces = forces.view(m, a, b, 3).index_select(1, g.inverse).transpose(1, 2)

@@ -57,17 +57,18 @@ def make_potential(
     device = torch.device(device)
     elements = tuple(sorted({int(z) for z in numbers}))
     module = module.to(device=device, dtype=dtype)
+    frames = check or random_cluster(numbers)
     if path == "modules":
         return _announced(ModulesPotential(module, elements, head, dtype, device, "asked for"), sampled)
     reference = ModulesPotential(module, elements, head, dtype, device, "reference")
     if path == "cueq":
-        accelerated = _cueq(module, reference, elements, head, check or random_cluster(numbers))
+        accelerated = _cueq(module, reference, elements, head, frames)
         if accelerated is not None:
             return _announced(accelerated, sampled)
     try:
         stacked = StackedPotential(module, elements, head, dtype, device, kernels=kernels == "auto")
-        _check_kernels(stacked, check or random_cluster(numbers))
-        error = disagreement(stacked, reference, check or random_cluster(numbers))
+        _check_kernels(stacked, frames)
+        error = disagreement(stacked, reference, frames)
         if error <= TOLERANCE[dtype]:
             stacked.compiler = Compiler(compile)
             return _announced(stacked, sampled)

@@ -134,7 +134,6 @@ class StackedPotential:
         members = len(next(iter(weights.values())))
         with torch.no_grad():
             length, harmonics, slopes, basis = self._geometry(g)
-        unit = g.vectors / length.unsqueeze(-1)
         with torch.set_grad_enabled(create_graph):
             radial = [self._radial(layer, weights, basis) for layer in self.tables.layers]
         with torch.enable_grad():
@@ -147,7 +146,7 @@ class StackedPotential:
         with torch.set_grad_enabled(create_graph):
             slope = slope_along_bonds(grads, radial)
             node_energy, slope = self._with_repulsion(node_energy, slope, g, length)
-            forces, virial = edge_sums(gradient_y, slope, slopes, unit, g)
+            forces, virial = edge_sums(gradient_y, slope, slopes, length, g)
             energy = self._total(node_energy, g)
         if not create_graph:
             energy, features = energy.detach(), features.detach()

@@ -132,7 +132,7 @@ class SubspacePotential:
             return self._members(trunk, [dict(zip(names, tensors[i : i + len(names)], strict=True)) for i in firsts], g, copies)
 
         tensors = [*graph.tensors(), *(x for group in groups for x in group.values())]
-        key = (atoms.key, names, members, copies, graph.source.shape, graph.half.shape, graph.cell is None)
+        key = (atoms.key, names, copies, graph.cell is None)
         return Evaluation(*self.compiler("evaluation", key, function, tensors))
 
     def _members(self, trunk: Trunk, groups: Sequence[Weights], g: Arranged, copies: int) -> tuple[Tensor, ...]:
@@ -156,7 +156,7 @@ class SubspacePotential:
                 gradient_y, *grads = torch.autograd.grad(node_energy.sum(), inputs, retain_graph=some is not groups[-1])
             slope = slope_along_bonds([gradient[:n] for gradient in grads], [*(bonds.shortened(n) for bonds in fixed), *own])
             node_energy, slope = self.whole._with_repulsion(node_energy.detach(), slope, g, length)
-            forces, virial = edge_sums(gradient_y[:n], slope, slopes, g.vectors / length.unsqueeze(-1), g)
+            forces, virial = edge_sums(gradient_y[:n], slope, slopes, length, g)
             found.append((self.whole._total(node_energy, g), forces, virial, _by_frame(features.detach(), g)))
         return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
@@ -196,7 +196,7 @@ class SubspacePotential:
         leaves = [leaf for bonds in own for leaf in bonds.leaves]
         u, gy, *grads = torch.autograd.grad(node_energy.sum(), [x, y, *leaves], create_graph=True)
         slope = slope_along_bonds(grads, own)
-        forces, virial = edge_sums(gy, slope, slopes, g.vectors / length.unsqueeze(-1), g)
+        forces, virial = edge_sums(gy, slope, slopes, length, g)
         by_atom = node_energy.double().view(members, a, b).transpose(1, 2)  # in any order: it is only summed
         virial = 0.5 * (virial + virial.transpose(-1, -2))  # only with that of X, whose rotations are not kept, is it symmetric
         return by_atom, _by_frame(features, g), u, forces, virial

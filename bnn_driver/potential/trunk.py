@@ -156,7 +156,7 @@ class Trunk:
         slope = length.new_zeros(1, g.half.shape[1])
         node, slope = p._with_repulsion(length.new_zeros(1, g.kind.numel()), slope, g, length)
         none = length.new_zeros(1, length.shape[1], 1)
-        forces, virial = edge_sums(none, slope, none.unsqueeze(-1).expand(-1, -1, 1, 3), _unit(g, length), g)
+        forces, virial = edge_sums(none, slope, none.unsqueeze(-1).expand(-1, -1, 1, 3), length, g)
         b = graph.lead[-1]
         parts = [-forces.reshape(b, -1)]
         if graph.cell is not None:
@@ -195,10 +195,6 @@ def tangents(g: Arranged, periodic: bool) -> list[Tensor]:
     return out
 
 
-def _unit(g: Arranged, length: Tensor) -> Tensor:
-    return g.vectors / length.unsqueeze(-1)
-
-
 def _stretch(g: Arranged, length: Tensor, move: Tensor) -> Tensor:
     """Changes of the bond lengths (L, Q, 1)."""
-    return torch.gather((_unit(g, length) * move).sum(dim=-1), 1, g.half).unsqueeze(-1)
+    return torch.gather((g.vectors / length.unsqueeze(-1) * move).sum(dim=-1), 1, g.half).unsqueeze(-1)
