@@ -1,6 +1,7 @@
 """One TOML file -> frozen settings: the only home of default numbers.
 
-Defaults are the published ones (Rensmeyer, Kramer, Niggemann, Digital Discovery 2026, 10.1039/d5dd00392j) unless said otherwise.
+Defaults are the published ones (Rensmeyer, Kramer, Niggemann, Digital Discovery 2026, 10.1039/d5dd00392j) unless said otherwise;
+those that `bnn_driver.recipes` names were chosen by `tests/benchmarks/uncertainty.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from bnn_driver import units
 from bnn_driver.errors import ConfigError
+from bnn_driver.recipes import DEFAULT, Recipe, filled
 
 
 def _quantity(kind: str) -> BeforeValidator:
@@ -91,21 +93,33 @@ class PotentialSettings(_Section):
 class EnsembleSettings(_Section):
     """Prior, likelihood and sampler of the Bayesian network."""
 
+    recipe: Recipe = DEFAULT
+    """Named defaults of this section and of [calibration]; "rensmeyer2026" is the published recipe."""
     members: int = Field(default=8, ge=2)
     sampled: Literal["all", "last-interaction", "readout"] = "all"
     """The weights that move; the others keep their foundation values, and what they make of a frame is computed once for all members."""
     prior_sd: float = Field(default=0.5, gt=0)
     """sigma_TL: weights ~ N(foundation, prior_sd²); published 0.5 for MACE."""
+    dispersion: float = Field(default=0.2, ge=0)
+    """sd, around the foundation weights, of the centres around which each chain has its prior and at which it starts; published 0."""
+    label_weights: Literal["equal", "bootstrap", "folds"] = "equal"
+    """How the labels count in each chain: all the same, with weights of its own (Bayesian bootstrap), or some left out."""
     energy_noise: Fraction = 0.1
     """sd of a label's energy as a share of the accuracy."""
     force_noise: Force = "0.1 kcal/mol/A"  # type: ignore[assignment]
-    """sd of a label's force component before the noise head has learnt."""
+    """sd of a label's force component; with predicted noise, before the head has learnt."""
     stress_noise: Stress = "0.00625 kcal/mol/A^3"  # type: ignore[assignment]
     """sd of a label's stress component: 0.1/16 kcal/mol/Å^3."""
+    predicted_noise: tuple[Literal["energy", "forces"], ...] = ()
+    """Quantities whose noise a head predicts from the features of the atoms, times the sds above; published: ["forces"]."""
     noise_head: tuple[int, ...] = (64, 16)
+    """Widths of its hidden layers."""
     steps_per_update: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=5, ge=2)
-    step_size: float = Field(default=1e-3, gt=0)
+    step_size: float = Field(default=3e-3, gt=0)
+    """At the start of an update; published 1e-3 for MACE."""
+    cycles: int = Field(default=1, ge=1)
+    """Cosines of the step size in one update, of which the last one ends on the sample."""
     friction: float = Field(default=0.1, gt=0, le=1)
     mass_decay: float = Field(default=0.999, gt=0, lt=1)
     mass_floor: float = Field(default=1e-4, gt=0)
@@ -239,6 +253,11 @@ class Config(_Section):
     trainer: TrainerSettings = TrainerSettings()
     oracle: OracleSettings
     output: Output = Output()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_recipe(cls, raw: Any) -> Any:
+        return filled(raw) if isinstance(raw, dict) else raw
 
 
 def read_config(path: Path) -> Config:

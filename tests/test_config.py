@@ -38,14 +38,25 @@ def test_quantities_arrive_in_inner_units(tmp_path: Path) -> None:
     assert config.oracle.options == {"delay": "1 s"}
 
 
-def test_published_numbers_are_the_defaults(tmp_path: Path) -> None:
-    config = read_config(written(tmp_path, GOOD))
+def test_the_published_recipe_has_the_published_numbers(tmp_path: Path) -> None:
+    config = read_config(written(tmp_path, GOOD + '\n[ensemble]\nrecipe = "rensmeyer2026"\n'))
+    assert (config.ensemble.dispersion, config.ensemble.predicted_noise, config.ensemble.noise_head) == (0, ("forces",), (64, 16))
     e, c = config.ensemble, config.calibration
     assert (e.members, e.prior_sd, e.steps_per_update, e.batch_size, e.step_size, e.friction) == (8, 0.5, 2000, 5, 1e-3, 0.1)
     assert (e.stop_when_learnt, e.settling) == (False, 0.25)
     assert (c.a, c.b, c.forgetting, config.accuracy.confidence, config.trainer.max_lag) == (1.5, 10, 1, 0.95, 0)
     assert e.force_noise == pytest.approx(0.1 * units.KCAL_PER_MOL)
     assert e.stress_noise == pytest.approx(0.1 / 16 * units.KCAL_PER_MOL)
+
+
+def test_a_key_in_the_file_wins_over_the_recipe(tmp_path: Path) -> None:
+    text = GOOD + '\n[ensemble]\nrecipe = "rensmeyer2026"\ndispersion = 0.05\n[calibration]\nb = 7.0\n'
+    config = read_config(written(tmp_path, text))
+    assert (config.ensemble.dispersion, config.ensemble.step_size) == (0.05, 1e-3)
+    assert (config.calibration.a, config.calibration.b) == (1.5, 7.0)
+    plain = read_config(written(tmp_path, GOOD)).ensemble
+    assert (plain.recipe, plain.predicted_noise) == ("dispersed", ())
+    assert plain.dispersion > 0
 
 
 @pytest.mark.parametrize(

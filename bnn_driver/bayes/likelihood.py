@@ -1,4 +1,4 @@
-"""Likelihood of labelled structures, with a head that predicts the noise of each atom's force.
+"""Likelihood of labelled structures, with a head that may predict the noise of energies and of each atom's force.
 
 Rensmeyer, Kramer, Niggemann, Digital Discovery 2026, DOI 10.1039/d5dd00392j.  Axes: M members, B frames, A atoms, F features.
 """
@@ -9,11 +9,14 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bnn_driver.errors import ConfigError
+
+NoisyQuantity = Literal["energy", "forces"]
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _UPPER = (0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)
@@ -26,17 +29,24 @@ def hidden_widths(n_features: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class NoiseHead:
-    """Multilayer perceptron from an atom's invariant features to the log of its force noise, SiLU between the layers."""
+    """Multilayer perceptron from an atom's invariant features to the logs of its noise, SiLU between the layers."""
 
     n_features: int
     """F."""
     hidden: tuple[int, ...]
     """Widths of the hidden layers."""
+    predicts: tuple[NoisyQuantity, ...] = ("forces",)
+    """What the outputs stand for, in order; published: the forces alone."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every weight: noise.w0 (F, H0), noise.b0 (H0,), ..., the last layer has one output."""
-        widths = (self.n_features, *self.hidden, 1)
+        """Name -> shape of every weight: noise.w0 (F, H0), noise.b0 (H0,), ..., the last layer has an output per quantity.
+
+        A head that predicts nothing has no weights.
+        """
+        if not self.predicts:
+            return {}
+        widths = (self.n_features, *self.hidden, len(self.predicts))
         shapes: dict[str, tuple[int, ...]] = {}
         for k, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
             shapes[f"noise.w{k}"] = (n_in, n_out)
@@ -47,10 +57,10 @@ class NoiseHead:
         """Weights at the start and at the prior's centre: zeros, as published (every atom starts at the base noise)."""
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in self.shapes.items()}
 
-    def log_factor(self, weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
-        """The perceptron's output per atom.
+    def log_factors(self, weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        """The perceptron's outputs per atom.
 
-        Args: weights: noise.* with a leading M.   features: (M, B, A, F).   Returns: (M, B, A).
+        Args: weights: noise.* with a leading M.   features: (M, B, A, F).   Returns: (M, B, A, outputs).
         Raises: ConfigError when the number of features is not F.
         """
         if features.shape[-1] != self.n_features:
@@ -64,19 +74,12 @@ class NoiseHead:
             x = torch.baddbmm(weights[f"noise.b{k}"].unsqueeze(1), x, weights[f"noise.w{k}"])  # (M, B*A, n_out)
             if k < last:
                 x = torch.nn.functional.silu(x)
-        return x.reshape(m, b, a)
-
-    def force_noise_sd(self, weights: Mapping[str, Tensor], features: Tensor, base: float) -> Tensor:
-        """σ_i = base · exp(MLP(v_i)), sd of a label's force components on atom i.
-
-        Args: weights, features: as in `log_factor`.   base: eV/Å.   Returns: (M, B, A) eV/Å.
-        """
-        return base * torch.exp(self.log_factor(weights, features))
+        return x.reshape(m, b, a, len(self.predicts))
 
 
 @dataclass(frozen=True)
 class NoiseModel:
-    """Standard deviations of a label around a member's prediction."""
+    """Standard deviations of a label around a member's prediction: fixed, or times what the head predicts."""
 
     energy_sd: float
     """eV, total energy; published: 10 % of the promised accuracy."""
@@ -87,13 +90,21 @@ class NoiseModel:
     head: NoiseHead
 
     def __call__(self, features: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Noise of energies and forces.
+        """Noise of energies and forces: σ_i = base · exp(MLP(v_i)) on atom i, σ_E = base · exp(mean over atoms of the MLP).
 
         Args: features: (M, B, A, F).   weights: noise.* with a leading M (other names are ignored).
         Returns: (M, B) eV and (M, B, A) eV/Å.
         """
-        force = self.head.force_noise_sd(weights, features, self.force_base_sd)
-        return force.new_full(force.shape[:2], self.energy_sd), force
+        force = features.new_full(features.shape[:-1], self.force_base_sd)
+        energy = features.new_full(features.shape[:2], self.energy_sd)
+        if not self.head.predicts:
+            return energy, force
+        factors = dict(zip(self.head.predicts, self.head.log_factors(weights, features).unbind(-1), strict=True))
+        if "forces" in factors:
+            force = self.force_base_sd * torch.exp(factors["forces"])
+        if "energy" in factors:
+            energy = self.energy_sd * torch.exp(factors["energy"].mean(dim=-1))
+        return energy, force
 
 
 @dataclass(frozen=True, eq=False)

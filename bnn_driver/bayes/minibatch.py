@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bnn_driver.errors import BnnError
+
+LabelWeights = Literal["equal", "bootstrap", "folds"]
 
 
 def repeats(n_labels: int, batch_size: int, n_newest: int) -> int:
@@ -65,6 +68,32 @@ def draw_chains(
     uniform = torch.stack([torch.rand(batch_size, dtype=torch.float64, generator=g) for g in generators])
     index = torch.searchsorted(edges, uniform, right=True).clamp_(max=n_labels - 1)
     return index, 1.0 / (batch_size * n_labels * q[index])
+
+
+def own_weights(kind: LabelWeights, seeds: Sequence[Sequence[int]]) -> Tensor | None:
+    """Weight of every label in the likelihood of every chain, so that the chains do not learn one and the same set.
+
+    "bootstrap": independent draws from the exponential law of mean 1 (the Bayesian bootstrap, Rubin 1981, DOI
+    10.1214/aos/1176345338, without its normalisation, so that a new label leaves the others as they are; Newton, Raftery 1994).
+    "folds": two chains leave a label out, one where there are fewer than six (cross-validation committee, Krogh, Vedelsby 1995,
+    NeurIPS 7); the others learn it with the weight that keeps the sum over the chains.
+
+    Args: kind: "equal" gives None.   seeds: (M, N) integers; in "folds" those of the first chain choose who leaves a label out.
+    Returns: (M, N) float64 or None.
+    """
+    if kind == "equal":
+        return None
+    table = torch.tensor(seeds, dtype=torch.int64)
+    if kind == "bootstrap":
+        uniform = (table.double() + 0.5) / 2.0**63
+        return -torch.log1p(-uniform.clamp(max=1 - 1e-12))
+    m = len(table)
+    weights = torch.ones(table.shape, dtype=torch.float64)
+    out = 2 if m >= 6 else 1
+    for k in range(out):
+        chain = (table[0] + k * (m // out)) % m
+        weights[chain, torch.arange(table.shape[1])] = 0.0
+    return weights * m / (m - out)
 
 
 def draw(n_labels: int, batch_size: int, newest: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:

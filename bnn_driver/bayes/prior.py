@@ -1,9 +1,15 @@
-"""Transfer-learning prior: independent Gaussians around the foundation model's weights."""
+"""Transfer-learning prior: independent Gaussians around the foundation model's weights, or around a centre of each chain's own.
+
+Own centres θ_0 + dispersion · ξ_m make the chains an anchored ensemble: for a linear model whose centres are drawn from the prior
+and whose labels carry drawn noise, the maxima of the M posteriors are exact samples of the one posterior (Pearce, Leibfried,
+Brintrup 2020, arXiv:1810.05546; Osband, Aslanides, Cassirer 2018, arXiv:1806.03335).  Here the centres spread the chains along the
+weights that few labels do not fix, which no chain of a few thousand steps reaches from a common start.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,25 +23,36 @@ class GaussianPrior:
     """p(θ) = Π_d N(θ_d | centre_d, sd_d²) over flat weights."""
 
     centre: Tensor
-    """(D,) foundation weights; 0 for the noise head."""
+    """(D,) foundation weights, 0 for the noise head; or (M, D), one centre per chain."""
     sd: Tensor
     """(D,) > 0, one standard deviation per weight."""
 
     def __post_init__(self) -> None:
-        if self.centre.ndim != 1 or self.sd.shape != self.centre.shape:
+        if self.centre.ndim not in (1, 2) or self.sd.shape != self.centre.shape[-1:]:
             shapes = tuple(self.centre.shape), tuple(self.sd.shape)
-            raise ConfigError(f"the prior needs centre and sd of one shape (D,), but got {shapes[0]} and {shapes[1]}")
+            raise ConfigError(f"the prior needs a centre (D,) or (M, D) and sd (D,), but got {shapes[0]} and {shapes[1]}")
         if not bool((self.sd > 0).all()):
             raise ConfigError(f"every sd of the prior must be positive, but the smallest is {float(self.sd.min())}")
 
     def log_density(self, theta: Tensor) -> Tensor:
         """Log density, constants included.  Args: theta: (M, D).  Returns: (M,)."""
         z = (theta - self.centre) / self.sd
-        return -0.5 * (z * z).sum(-1) - self.sd.log().sum() - 0.5 * math.log(2 * math.pi) * self.centre.numel()
+        return -0.5 * (z * z).sum(-1) - self.sd.log().sum() - 0.5 * math.log(2 * math.pi) * self.sd.numel()
 
     def gradient(self, theta: Tensor) -> Tensor:
         """Gradient of the log density, -(θ - centre)/sd².  Args: theta: (M, D).  Returns: (M, D)."""
         return (self.centre - theta) / self.sd**2
+
+
+def dispersed(prior: GaussianPrior, dispersion: Tensor, seeds: Sequence[int]) -> GaussianPrior:
+    """The prior with centres centre + dispersion · ξ_m, ξ_m ~ N(0, 1), one per seed.
+
+    Args: prior: with one centre (D,).   dispersion: (D,) >= 0.   seeds: M; a centre depends on its own seed alone, on every device.
+    """
+    draws = [
+        torch.randn(prior.centre.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
+    ]
+    return GaussianPrior(prior.centre + dispersion.to(prior.centre) * torch.stack(draws).to(prior.centre), prior.sd)
 
 
 def group_sds(sizes: Mapping[str, int], groups: Mapping[str, float], default: float) -> Tensor:

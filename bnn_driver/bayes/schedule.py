@@ -33,9 +33,13 @@ class Course:
         return Course(self.steps, step, settling)
 
 
-def cosine(step: float, steps: int, start: float) -> float:
-    """γ_k = γ_0/2 · (1 + cos(π k / steps)), falling from γ_0 to just above 0 at k = steps - 1."""
-    return 0.5 * start * (1.0 + math.cos(math.pi * step / steps))
+def cosine(step: float, steps: int, start: float, cycles: int = 1) -> float:
+    """γ_k = γ_0/2 · (1 + cos(π k / steps)), falling from γ_0 to just above 0 at k = steps - 1.
+
+    With `cycles` the schedule falls and jumps back so many times (Zhang et al. 2020, arXiv:1902.03932).
+    """
+    period = steps / cycles
+    return 0.5 * start * (1.0 + math.cos(math.pi * (step % period) / period))
 
 
 def temperature(step: float, steps: int, noiseless_fraction: float, ramp_fraction: float) -> float:

@@ -49,6 +49,8 @@ class UpdateSettings:
     """Nats per label component (energy, force and stress components) by which the loss may end above its start."""
     temperature_range: tuple[float, float]
     """Range, in units of T, that the kinetic temperature of the last quarter must keep."""
+    cycles: int = 1
+    """Cosines in an update; only its end is a sample."""
     settling: float | None = None
     """Part of the steps that still follows once the new labels are learnt; None: every update makes all steps."""
 
@@ -92,14 +94,16 @@ def update_chains(
     settings: UpdateSettings,
     seeds: Sequence[int],
     progress: Progress | None = None,
+    label_weights: Tensor | None = None,
 ) -> tuple[Tensor, UpdateReport]:
     """New samples of all chains after new labels.
 
     Args:
-        theta: (M, D) current samples, not changed.   prior: of the D weights.   forward: the likelihood, see `posterior.Forward`.
+        theta: (M, D) current samples, not changed.   prior: of the D weights, common or one centre per chain.
+        forward: the likelihood, see `posterior.Forward`.
         n_labels: N.   newest: indices of the labels that are new.   components: numbers in one label (1 + 3A, + 6 with a stress).
         seeds: M non-negative integers, one per chain; a chain depends on its own seed and the number of steps alone.
-        progress: called after each step.
+        progress: called after each step.   label_weights: (M, N) on the host, see `minibatch.own_weights`; None: 1.
     Returns: (M, D) new samples (whatever they are) and the report; a diverged update must be thrown away by the caller.
     Raises: BnnError when theta and seeds differ in M, or an early end is wanted of a `forward` that does not know its residuals.
     """
@@ -114,9 +118,11 @@ def update_chains(
     while state.count < course.length:
         k, place = state.count, course.place(state.count)
         index, weight = minibatch.draw_chains(n_labels, settings.batch_size, newest, batch_streams)
+        if label_weights is not None:
+            weight = weight * torch.gather(label_weights, 1, index)
         gradient, loss = posterior.gradient(state.theta, index, weight.to(theta.dtype))
         losses[k] = loss
-        gamma = schedule.cosine(place, settings.steps, settings.step_size)
+        gamma = schedule.cosine(place, settings.steps, settings.step_size, settings.cycles)
         heat = schedule.temperature(place, settings.steps, settings.noiseless_fraction, settings.ramp_fraction)
         state = sghmc.step_(
             state,

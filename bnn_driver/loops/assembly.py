@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
-from bnn_driver.config import Config
+from bnn_driver.config import Config, EnsembleSettings
 from bnn_driver.errors import ConfigError
 from bnn_driver.ipi.simulation import IpiInput, read_input
 from bnn_driver.loops.chain_update import Learner
@@ -107,10 +107,13 @@ def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model
             sampled=config.ensemble.sampled,
         )
         checksum = loaded.sha256
-    head = NoiseHead(potential.n_features, config.ensemble.noise_head)
-    e = config.ensemble
-    noise = NoiseModel(e.energy_noise * config.accuracy.energy, e.force_noise, e.stress_noise, head)
-    return Model(potential, noise, checksum)
+    return Model(potential, make_noise(config.ensemble, config.accuracy.energy, potential.n_features), checksum)
+
+
+def make_noise(e: EnsembleSettings, accuracy: float, n_features: int) -> NoiseModel:
+    """Noise of the labels.  Args: accuracy: eV, of the total energy.   n_features: of the potential."""
+    head = NoiseHead(n_features, e.noise_head, e.predicted_noise)
+    return NoiseModel(e.energy_noise * accuracy, e.force_noise, e.stress_noise, head)
 
 
 def make_ensemble(model: Model, generation: Generation, config: Config) -> Ensemble:
@@ -125,9 +128,8 @@ def foundation_generation(model: Model, members: int) -> Generation:
     return Generation(0, weights, ())
 
 
-def make_learner(model: Model, config: Config) -> Learner:
+def make_learner(potential: Potential, noise: NoiseModel, e: EnsembleSettings, seed: int) -> Learner:
     """What the trainer needs to turn labels into weights."""
-    e = config.ensemble
     settings = UpdateSettings(
         steps=e.steps_per_update,
         batch_size=e.batch_size,
@@ -138,9 +140,11 @@ def make_learner(model: Model, config: Config) -> Learner:
         ramp_fraction=e.ramp,
         loss_margin=e.loss_margin,
         temperature_range=e.temperature_range,
+        cycles=e.cycles,
         settling=e.settling if e.stop_when_learnt else None,
     )
-    return Learner.around(model.potential, model.noise, e.prior_sd, settings, config.run.seed)
+    plain = Learner.around(potential, noise, e.prior_sd, settings, seed)
+    return replace(plain, dispersion=e.dispersion, label_weights=e.label_weights)
 
 
 def make_policy(config: Config, numbers: Array, audit_probability: float) -> tuple[Policy, dict[str, GammaCalibration]]:
@@ -174,7 +178,8 @@ def physics(config: Config, frames: Frames, model: Model, oracle_facts: dict[str
         "head": config.potential.head,
         "members": config.ensemble.members,
         "sampled": config.ensemble.sampled,
-        "noise_head": list(config.ensemble.noise_head),
+        "noise_head": list(config.ensemble.noise_head) if config.ensemble.predicted_noise else [],
+        "predicted_noise": list(config.ensemble.predicted_noise),
         "numbers": frames.numbers.tolist(),
         "periodic": frames.periodic,
         "charge": frames.charge,

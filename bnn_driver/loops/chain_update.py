@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from bnn_driver.bayes.likelihood import NoiseModel, Targets, log_likelihood, squared_residuals
-from bnn_driver.bayes.prior import GaussianPrior
+from bnn_driver.bayes.minibatch import LabelWeights, own_weights
+from bnn_driver.bayes.prior import GaussianPrior, dispersed
 from bnn_driver.bayes.update import UpdateReport, UpdateSettings, update_chains
 from bnn_driver.loops.seeds import derive
 from bnn_driver.potential.contract import Potential
+from bnn_driver.potential.ensemble import NOISE_PREFIX
 from bnn_driver.potential.graph import Graph, build_graph
 from bnn_driver.potential.params import Layout, layout
 from bnn_driver.potential.transfer import to_device
@@ -33,6 +35,9 @@ class Learner:
     layout: Layout
     settings: UpdateSettings
     seed: int
+    dispersion: float = 0.0
+    """sd of the chains' own prior centres and starts around θ_0; 0: all chains share them."""
+    label_weights: LabelWeights = "equal"
 
     @classmethod
     def around(cls, potential: Potential, noise: NoiseModel, prior_sd: float, settings: UpdateSettings, seed: int) -> Learner:
@@ -41,6 +46,31 @@ class Learner:
         table = layout(centre)
         flat = table.flat({k: v[None] for k, v in centre.items()})[0]
         return cls(potential, noise, GaussianPrior(flat, torch.full_like(flat, prior_sd)), table, settings, seed)
+
+    def prior_of(self, members: int) -> GaussianPrior:
+        """The chains' prior: common, or each around its own centre; the noise head is not dispersed."""
+        if self.dispersion == 0:
+            return self.prior
+        sizes = {block.name: block.size for block in self.layout.blocks}
+        spread = torch.cat(
+            [torch.full((n,), 0.0 if name.startswith(NOISE_PREFIX) else self.dispersion) for name, n in sizes.items()]
+        )
+        return dispersed(self.prior, spread, [derive(self.seed, "centre", m) for m in range(members)])
+
+    def start(self, previous: Generation) -> Tensor:
+        """(M, D) where the chains go on: their last samples, or their prior's centres after generation 0."""
+        potential = self.potential
+        theta = self.layout.flat(
+            {k: torch.as_tensor(v).to(potential.device, potential.dtype) for k, v in previous.weights.items()}
+        )
+        if previous.number == 0 and self.dispersion > 0:
+            return self.prior_of(len(theta)).centre.clone()
+        return theta
+
+    def weights_of(self, labels: Sequence[LabelledFrame], members: int) -> Tensor | None:
+        """(M, N) weight of every label in every chain, the same in all updates; None: 1."""
+        ids = [item.label.frame_id for item in labels]
+        return own_weights(self.label_weights, [[derive(self.seed, "label weight", m, i) for i in ids] for m in range(members)])
 
 
 def update(
@@ -55,16 +85,15 @@ def update(
     Args: labels: in the order they came; those that `previous` has not learnt count as the newest.
         attempt: 0, or the number of the repetition after a diverged update; it changes the seeds only.
     """
-    potential, number = learner.potential, previous.number + 1
-    theta = learner.layout.flat(
-        {k: torch.as_tensor(v).to(potential.device, potential.dtype) for k, v in previous.weights.items()}
-    )
+    number = previous.number + 1
+    theta = learner.start(previous)
+    prior, label_weights = learner.prior_of(len(theta)), learner.weights_of(labels, len(theta))
     seeds = [derive(learner.seed, "chain", m, "generation", number, "attempt", attempt) for m in range(len(theta))]
     learnt = set(previous.label_ids)
     newest = [i for i, item in enumerate(labels) if item.label.frame_id not in learnt]
     loss = TrainingLoss.build(learner, labels)
     theta, report = update_chains(
-        theta, learner.prior, loss, len(labels), newest, loss.components, learner.settings, seeds, progress
+        theta, prior, loss, len(labels), newest, loss.components, learner.settings, seeds, progress, label_weights
     )
     weights = {k: v.detach().cpu().numpy() for k, v in learner.layout.views(theta).items()}
     state = {"seeds": seeds, "attempt": attempt, "report": asdict(report)}

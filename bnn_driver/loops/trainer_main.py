@@ -27,7 +27,8 @@ def main() -> None:
         settle(config.trainer.threads)
         with run.lock("trainer"):
             base, numbers = Path(settings["effective"]["base"]), np.array(settings["physics"]["numbers"])
-            learner = make_learner(load_model(config, base, numbers, config.trainer.device), config)
+            model = load_model(config, base, numbers, config.trainer.device)
+            learner = make_learner(model.potential, model.noise, config.ensemble, config.run.seed)
             audits_at_once = config.ensemble.batch_size if config.trainer.max_lag else None
             serve_updates(run, learner, config.trainer.update_retries, config.output.keep_generations, audits_at_once)
     except BnnError as error:

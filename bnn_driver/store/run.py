@@ -21,7 +21,7 @@ from bnn_driver.store.files import holder, plain, read_json, write_atomic
 __all__ = ["EventLog", "RunDirectory", "read_events", "read_json", "read_segments", "write_atomic"]
 
 _log = logging.getLogger(__name__)
-_UNSAID = {"sampled": "all"}
+_UNSAID = {"sampled": "all", "predicted_noise": ["forces"]}
 """Physics that runs of older versions have without recording it."""
 _SEGMENT = re.compile(r"^(\d{3,})\.jsonl$")
 

@@ -79,13 +79,31 @@ def test_the_noise_head_starts_at_the_base_noise() -> None:
 def test_the_noise_head_is_the_perceptron_of_each_member() -> None:
     weights = {name: _random(M, *shape, seed=k) for k, (name, shape) in enumerate(HEAD.shapes.items())}
     features = _random(M, B, A, F)
-    result = HEAD.force_noise_sd(weights, features, 0.01)
+    _, result = NoiseModel(0.002, 0.01, 0.001, HEAD)(features, weights)
     for m in range(M):
         x = features[m]
         for k in range(3):
             x = x @ weights[f"noise.w{k}"][m] + weights[f"noise.b{k}"][m]
             x = torch.nn.functional.silu(x) if k < 2 else x
         assert torch.allclose(result[m], 0.01 * x[..., 0].exp(), rtol=1e-12)
+
+
+def test_energy_noise_is_predicted_from_the_mean_over_atoms() -> None:
+    head = NoiseHead(F, (4, 3), ("energy", "forces"))
+    weights = {name: _random(M, *shape, seed=k) for k, (name, shape) in enumerate(head.shapes.items())}
+    features = _random(M, B, A, F)
+    energy_sd, force_sd = NoiseModel(0.002, 0.01, 0.001, head)(features, weights)
+    raw = head.log_factors(weights, features)
+    assert torch.allclose(energy_sd, 0.002 * raw[..., 0].mean(-1).exp(), rtol=1e-12)
+    assert torch.allclose(force_sd, 0.01 * raw[..., 1].exp(), rtol=1e-12)
+
+
+def test_without_predicted_noise_there_is_no_head_and_the_noise_is_fixed() -> None:
+    head = NoiseHead(F, (4, 3), ())
+    assert head.shapes == head.init() == {}
+    energy_sd, force_sd = NoiseModel(0.002, 0.01, 0.001, head)(_random(M, B, A, F), {})
+    assert energy_sd.unique().tolist() == [0.002]
+    assert force_sd.unique().tolist() == [0.01]
 
 
 def test_widths_are_the_published_ones() -> None:
@@ -95,4 +113,4 @@ def test_widths_are_the_published_ones() -> None:
 
 def test_features_of_another_width_are_refused() -> None:
     with pytest.raises(ConfigError, match="expects 5 features per atom, but the potential gave 6"):
-        HEAD.log_factor(HEAD.init(), _random(M, B, A, 6))
+        HEAD.log_factors(HEAD.init(), _random(M, B, A, 6))

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from bnn_driver.bayes import minibatch
+from bnn_driver.bayes.minibatch import own_weights
 from bnn_driver.errors import BnnError
 
 
 def _generators(m: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(m)]
+
+
+def _seed(member: int, label: int) -> int:
+    return int(np.random.SeedSequence([member, label]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _weights_given(n: int, b: int, newest: list[int]) -> torch.Tensor:
@@ -83,3 +90,24 @@ def test_a_chain_draws_the_same_whoever_is_beside_it() -> None:
 def test_a_newest_label_that_does_not_exist_is_named() -> None:
     with pytest.raises(BnnError, match="newest label 5 is not one of the 5"):
         minibatch.probabilities(5, 3, [5])
+
+
+def test_own_weights_have_mean_one_and_stay_as_labels_come() -> None:
+    seeds = [[_seed(m, i) for i in range(400)] for m in range(8)]
+    assert own_weights("equal", seeds) is None
+    for kind in ("bootstrap", "folds"):
+        all_of_them, first = own_weights(kind, seeds), own_weights(kind, [row[:7] for row in seeds])
+        assert torch.equal(all_of_them[:, :7], first)
+        assert (all_of_them >= 0).all()
+    drawn = own_weights("bootstrap", seeds)
+    assert stats.kstest(drawn.numpy().ravel(), "expon").pvalue > 0.001
+    assert torch.corrcoef(drawn).fill_diagonal_(0).abs().max() < 0.2, "each chain has its own"
+
+
+@pytest.mark.parametrize(("members", "out"), [(2, 1), (4, 1), (6, 2), (8, 2)])
+def test_folds_leave_each_label_out_of_one_or_two_chains(members: int, out: int) -> None:
+    seeds = [[_seed(m, i) for i in range(300)] for m in range(members)]
+    weights = own_weights("folds", seeds)
+    assert ((weights == 0).sum(0) == out).all()
+    assert torch.allclose(weights.sum(0), torch.full((300,), float(members), dtype=torch.float64))
+    assert (weights == 0).any(1).all(), "every chain leaves some out"

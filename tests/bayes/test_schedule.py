@@ -16,6 +16,10 @@ def test_the_cosine_falls_from_its_start_and_stays_positive() -> None:
     assert all(a > b > 0 for a, b in itertools.pairwise(values))
 
 
+def test_cycles_are_the_same_cosine_again_and_again() -> None:
+    assert [cosine(k, 2000, 1e-3, 4) for k in range(2000)] == [cosine(k % 500, 500, 1e-3) for k in range(2000)]
+
+
 def test_noise_is_off_for_400_of_2000_steps_and_full_after_500() -> None:
     heat = [temperature(k, 2000, 0.2, 0.05) for k in range(2000)]
     assert set(heat[:401]) == {0.0}
