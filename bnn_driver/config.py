@@ -100,8 +100,9 @@ class EnsembleSettings(_Section):
     """The weights that move; the others keep their foundation values, and what they make of a frame is computed once for all members."""
     prior_sd: float = Field(default=0.5, gt=0)
     """sigma_TL: weights ~ N(foundation, prior_sd²); published 0.5 for MACE."""
-    dispersion: float = Field(default=0.2, ge=0)
-    """sd, around the foundation weights, of the centres around which each chain has its prior and at which it starts; published 0."""
+    dispersion: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """sd of the chains' own centres around the foundation weights: each chain starts at its centre and has its prior around it.  "auto":
+    as large as explains the foundation's error in the first labels, at most prior_sd; published 0."""
     label_weights: Literal["equal", "bootstrap", "folds"] = "equal"
     """How the labels count in each chain: all the same, with weights of its own (Bayesian bootstrap), or some left out."""
     energy_noise: Fraction = 0.1
@@ -164,10 +165,12 @@ class Accuracy(_Section):
 
 
 class CalibrationSettings(_Section):
-    """Gamma prior on the precision of the predictive sd."""
+    """Gamma prior on the precision of the predictive sd: before the first pair errors are sqrt(b/a) times as large as predicted."""
 
-    a: float = Field(default=1.5, gt=0)
-    b: float = Field(default=10.0, gt=0)
+    a: float = Field(default=2.0, gt=0)
+    """Half the degrees of freedom; published 1.5."""
+    b: float = Field(default=5.0, gt=0)
+    """Published 10."""
     forgetting: float = Field(default=1.0, gt=0, le=1)
     """Weight of a pair relative to the next one; 1 forgets nothing."""
 

@@ -55,8 +55,7 @@ def test_a_key_in_the_file_wins_over_the_recipe(tmp_path: Path) -> None:
     assert (config.ensemble.dispersion, config.ensemble.step_size) == (0.05, 1e-3)
     assert (config.calibration.a, config.calibration.b) == (1.5, 7.0)
     plain = read_config(written(tmp_path, GOOD)).ensemble
-    assert (plain.recipe, plain.predicted_noise) == ("dispersed", ())
-    assert plain.dispersion > 0
+    assert (plain.recipe, plain.predicted_noise, plain.dispersion) == ("dispersed", (), "auto")
 
 
 @pytest.mark.parametrize(

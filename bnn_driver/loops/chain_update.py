@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from bnn_driver.bayes.likelihood import NoiseModel, Targets, log_likelihood, squ
 from bnn_driver.bayes.minibatch import LabelWeights, own_weights
 from bnn_driver.bayes.prior import GaussianPrior, dispersed
 from bnn_driver.bayes.update import UpdateReport, UpdateSettings, update_chains
+from bnn_driver.loops.dispersion import MARGIN, explaining_sd
 from bnn_driver.loops.seeds import derive
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import NOISE_PREFIX
@@ -35,8 +37,8 @@ class Learner:
     layout: Layout
     settings: UpdateSettings
     seed: int
-    dispersion: float = 0.0
-    """sd of the chains' own prior centres and starts around θ_0; 0: all chains share them."""
+    dispersion: float | Literal["auto"] = 0.0
+    """sd of the chains' own prior centres and starts around θ_0; 0: all chains share them; "auto": see `loops.dispersion`."""
     label_weights: LabelWeights = "equal"
 
     @classmethod
@@ -47,25 +49,29 @@ class Learner:
         flat = table.flat({k: v[None] for k, v in centre.items()})[0]
         return cls(potential, noise, GaussianPrior(flat, torch.full_like(flat, prior_sd)), table, settings, seed)
 
-    def prior_of(self, members: int) -> GaussianPrior:
+    def prior_of(self, members: int, dispersion: float) -> GaussianPrior:
         """The chains' prior: common, or each around its own centre; the noise head is not dispersed."""
-        if self.dispersion == 0:
+        if dispersion == 0:
             return self.prior
-        sizes = {block.name: block.size for block in self.layout.blocks}
-        spread = torch.cat(
-            [torch.full((n,), 0.0 if name.startswith(NOISE_PREFIX) else self.dispersion) for name, n in sizes.items()]
-        )
-        return dispersed(self.prior, spread, [derive(self.seed, "centre", m) for m in range(members)])
+        kept = torch.cat([torch.full((b.size,), float(not b.name.startswith(NOISE_PREFIX))) for b in self.layout.blocks])
+        return dispersed(self.prior, dispersion * kept, [derive(self.seed, "centre", m) for m in range(members)])
 
-    def start(self, previous: Generation) -> Tensor:
+    def dispersion_of(self, previous: Generation, labels: Sequence[LabelledFrame]) -> float:
+        """The dispersion in force: that of the generation before, or chosen when the first labels are learnt."""
+        if previous.number > 0:
+            return float(previous.state.get("dispersion", 0.0))
+        if self.dispersion != "auto":
+            return self.dispersion
+        generator = torch.Generator().manual_seed(derive(self.seed, "dispersion"))
+        return min(float(self.prior.sd.max()), MARGIN * explaining_sd(self.potential, labels, generator))
+
+    def start(self, previous: Generation, prior: GaussianPrior) -> Tensor:
         """(M, D) where the chains go on: their last samples, or their prior's centres after generation 0."""
         potential = self.potential
         theta = self.layout.flat(
             {k: torch.as_tensor(v).to(potential.device, potential.dtype) for k, v in previous.weights.items()}
         )
-        if previous.number == 0 and self.dispersion > 0:
-            return self.prior_of(len(theta)).centre.clone()
-        return theta
+        return prior.centre.clone() if previous.number == 0 and prior.centre.ndim == 2 else theta
 
     def weights_of(self, labels: Sequence[LabelledFrame], members: int) -> Tensor | None:
         """(M, N) weight of every label in every chain, the same in all updates; None: 1."""
@@ -86,8 +92,9 @@ def update(
         attempt: 0, or the number of the repetition after a diverged update; it changes the seeds only.
     """
     number = previous.number + 1
-    theta = learner.start(previous)
-    prior, label_weights = learner.prior_of(len(theta)), learner.weights_of(labels, len(theta))
+    members, dispersion = len(next(iter(previous.weights.values()))), learner.dispersion_of(previous, labels)
+    prior, label_weights = learner.prior_of(members, dispersion), learner.weights_of(labels, members)
+    theta = learner.start(previous, prior)
     seeds = [derive(learner.seed, "chain", m, "generation", number, "attempt", attempt) for m in range(len(theta))]
     learnt = set(previous.label_ids)
     newest = [i for i, item in enumerate(labels) if item.label.frame_id not in learnt]
@@ -96,7 +103,7 @@ def update(
         theta, prior, loss, len(labels), newest, loss.components, learner.settings, seeds, progress, label_weights
     )
     weights = {k: v.detach().cpu().numpy() for k, v in learner.layout.views(theta).items()}
-    state = {"seeds": seeds, "attempt": attempt, "report": asdict(report)}
+    state = {"seeds": seeds, "attempt": attempt, "dispersion": dispersion, "report": asdict(report)}
     return Generation(number, weights, tuple(item.label.frame_id for item in labels), state), report
 
 
