@@ -30,6 +30,8 @@ class Candidate:
     """Name of the candidate whose chains are used, when only the sds differ."""
     sds: Literal["spread", "laplace", "sum"] = "spread"
     """Where the sds come from: the members, the last-layer Laplace of `laplace.py`, or both variances together."""
+    function_prior: bool = False
+    """The chains are drawn to the foundation model at unlabelled frames, see `function_prior.py`."""
 
     def settings(self, **others: Any) -> EnsembleSettings:
         """[ensemble].  Args: others: keys that win, such as a smaller number of steps."""
@@ -62,6 +64,8 @@ CANDIDATES: dict[str, Candidate] = {
     "hot": Candidate(DEFAULT, {"temperature": 10.0, "dispersion": 0.0, "temperature_range": (0.05, 20.0)}, "tempered posterior"),
     "longer": Candidate(PUBLISHED, {"steps_per_update": 6000}, "three times the steps"),
     "cyclical": Candidate(PUBLISHED, {"cycles": 4}, "Zhang et al. 2020"),
+    "function prior": Candidate(DEFAULT, {"dispersion": 0.0}, "Hafner et al. 2018", function_prior=True),
+    "default, function prior": Candidate(DEFAULT, source="Hafner et al. 2018", function_prior=True),
     "Laplace": Candidate(DEFAULT, source="LLPR, Bigi et al. 2024", base="default", sds="laplace"),
     "default and Laplace": Candidate(DEFAULT, source="both", base="default", sds="sum"),
     "published and Laplace": Candidate(PUBLISHED, source="both", base="published", sds="sum"),

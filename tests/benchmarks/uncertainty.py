@@ -25,6 +25,7 @@ import measure
 import numpy as np
 from candidates import CANDIDATES, Candidate, learner_of
 from fine_tuning import predict, start
+from function_prior import update_with_prior
 from laplace import Laplace, jacobian
 from shifts import KCAL, SHIFTS, Known, Shift, shuffled
 
@@ -90,7 +91,8 @@ def case(shift: Shift, candidate: Candidate, n: int, seed: int, options: argpars
     base = next(name for name, c in CANDIDATES.items() if c is candidate) if not candidate.base else candidate.base
     kept = options.cache / f"{shift.name}-{n}-{base}-{seed}-{options.steps}-{options.members}.npz"
     begin = time.perf_counter()
-    generation, offset, diverged = learnt(learner, pool, n, options.members, kept)
+    seen = pool[slice(n, n + 50)].frames if candidate.function_prior else None
+    generation, offset, diverged = learnt(learner, pool, n, options.members, kept, seen)
     seconds = time.perf_counter() - begin
     believe = Believer.of(candidate, learner, generation, shift, pool[slice(0, n)], offset)
     energy, force = calibrated(shift, candidate, believe, pool[slice(n, n + 100)], offset)
@@ -108,10 +110,12 @@ def case(shift: Shift, candidate: Candidate, n: int, seed: int, options: argpars
     return rows
 
 
-def learnt(learner: Learner, pool: Known, n: int, members: int, kept: Path) -> tuple[Generation, float, bool]:
+def learnt(
+    learner: Learner, pool: Known, n: int, members: int, kept: Path, seen: Frames | None
+) -> tuple[Generation, float, bool]:
     """Weights after one update on the first n frames, eV that is added to every label's energy, and whether the update diverged.
 
-    Args: kept: file of the weights, read where it exists.
+    Args: kept: file of the weights, read where it exists.   seen: unlabelled frames of a prior on functions.
     """
     first = float(predict(learner, start(learner, 1), pool.frames[0]).mean_energy[0])
     labels = [pool.label(i, {"foundation_energy": first}) for i in range(n)]
@@ -119,9 +123,13 @@ def learnt(learner: Learner, pool: Known, n: int, members: int, kept: Path) -> t
     if kept.exists():
         with np.load(kept) as weights:
             return Generation(1, dict(weights), ()), offset, False
-    generation, report = update(learner, start(learner, members), labels, 0)
+    if seen is None:
+        generation, report = update(learner, start(learner, members), labels, 0)
+        diverged = report.diverged
+    else:
+        generation, diverged = update_with_prior(learner, start(learner, members), labels, seen)
     np.savez(kept, **generation.weights)
-    return generation, offset, report.diverged
+    return generation, offset, diverged
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
