@@ -278,3 +278,26 @@ def test_generations_hold_every_label_that_was_learnt(tmp_path: Path) -> None:
     newest = weights.load(folder, weights.latest(folder) or 0)
     asked = [item.label.frame_id for item in labels(config) if not item.context["audit"]]
     assert set(asked) <= set(newest.label_ids)
+
+
+def test_the_published_recipe_by_name_and_the_default_do_not_share_a_directory(tmp_path: Path) -> None:
+    config = write_run(tmp_path, steps=4)
+    default = config.read_text()
+    config.write_text(default.replace("[ensemble]", '[ensemble]\nrecipe = "rensmeyer2026"'))
+    assert program("run", config).returncode == 0
+    folder = tmp_path / "run" / "generations"
+    first = weights.load(folder, 1)
+    assert first.state["dispersion"] == 0
+    assert any(name.startswith("noise.") for name in first.weights)
+    config.write_text(default)
+    refused = program("run", config)
+    assert refused.returncode == 2
+    assert "predicted_noise" in refused.stderr
+    config.write_text(default.replace("[run]", '[run]\ndirectory = "other"'))
+    assert program("run", config).returncode == 0
+    other = tmp_path / "other" / "generations"
+    numbers = [n for n in (1, 2) if (other / f"{n:06d}").exists()]
+    kept = [weights.load(other, n).state["dispersion"] for n in numbers]
+    assert all(0 < x <= 0.2 for x in kept), "chosen from the first label, at most the prior's sd"
+    assert len(set(kept)) == 1, "and kept"
+    assert not any(name.startswith("noise.") for name in weights.load(other, numbers[0]).weights)

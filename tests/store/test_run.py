@@ -104,6 +104,9 @@ def test_physics_that_older_runs_left_unsaid_is_what_it_was(run: RunDirectory) -
     with pytest.raises(ConfigError, match='sampled: was "all", now "readout"'):
         run.fix_settings({"a": 1}, {**PHYSICS, "sampled": "readout"})
     assert run.fix_settings({"a": 1}, {**PHYSICS, "sampled": "all"}) == {}
+    with pytest.raises(ConfigError, match=r'predicted_noise: was \["forces"\], now \[\]'):
+        run.fix_settings({"a": 1}, {**PHYSICS, "predicted_noise": []})
+    assert run.fix_settings({"a": 1}, {**PHYSICS, "predicted_noise": ["forces"]}) == {}
 
 
 def test_other_settings_may_change_and_the_change_is_an_event(run: RunDirectory) -> None:
