@@ -49,10 +49,11 @@ def dispersed(prior: GaussianPrior, dispersion: Tensor, seeds: Sequence[int]) ->
 
     Args: prior: with one centre (D,).   dispersion: (D,) >= 0.   seeds: M; a centre depends on its own seed alone, on every device.
     """
-    draws = [
-        torch.randn(prior.centre.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
-    ]
-    return GaussianPrior(prior.centre + dispersion.to(prior.centre) * torch.stack(draws).to(prior.centre), prior.sd)
+    centres = prior.centre.repeat(len(seeds), 1)
+    for row, seed in zip(centres, seeds, strict=True):
+        draw = torch.randn(len(row), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        row += (dispersion.double() * draw).to(row)
+    return GaussianPrior(centres, prior.sd)
 
 
 def group_sds(sizes: Mapping[str, int], groups: Mapping[str, float], default: float) -> Tensor:
