@@ -3,6 +3,7 @@
     python tests/benchmarks/replay.py --data ../shared/data                      labels spent and realised exceedance
     python tests/benchmarks/replay.py --data ../shared/data early                the first thirty decisions of ten runs
     python tests/benchmarks/replay.py --data ../shared/data events               do labels fall into changes of conformer?
+    python tests/benchmarks/replay.py --data ../shared/data screen               other calibrations on the same predictions
 
 Every frame is predicted, judged, and either learnt (then the chains move before the next frame is judged, max_lag 0) or served; a
 served frame's label is only used to see whether the promise held.  With `--audit` that share of the served frames is learnt besides,
@@ -18,27 +19,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before tblite starts its thread
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import measure
 import numpy as np
+from calibrations import ByRegime, Conformal, PowerLaw
 from candidates import CANDIDATES, learner_of
-from fine_tuning import start
+from fine_tuning import predict, start
+from laplace import Laplace, jacobian
 from scipy.stats import binom
 from shifts import KCAL
 from trajectories import TRAJECTORIES, Trajectory, conformer
 
 from bnn_driver.active.criteria import Calibration, EnergyCriterion, ForceCriterion
 from bnn_driver.active.policy import Policy
-from bnn_driver.bayes.calibration import clopper_pearson
+from bnn_driver.bayes.calibration import GammaCalibration, clopper_pearson
 from bnn_driver.loops.assembly import settle
 from bnn_driver.loops.chain_update import Learner, energy_offset, update
 from bnn_driver.loops.seeds import uniform
 from bnn_driver.potential.ensemble import Ensemble
-from bnn_driver.records import Array, Generation, LabelledFrame
+from bnn_driver.records import Array, Generation, LabelledFrame, Prediction
 
 AHEAD = 40
 """Frames predicted at once; those behind an asked one are predicted again."""
@@ -46,6 +49,18 @@ COLUMNS = (
     "trajectory:<12", "candidate:<24", "seed", "frames", "labels", "asked_beyond", "audits", "beyond", "served", "share:.3f", "low:.3f",
     "high:.3f", "late:.3f", "error:.3f", "error_F:.2f", "inflation:.2f", "diverged", "s:.0f",
 )  # fmt: skip
+
+
+OTHERS: dict[str, Callable[[float], Calibration]] = {
+    "a 1.5, b 10": lambda accuracy: GammaCalibration(1.5, 10.0),
+    "a 2, b 5": lambda accuracy: GammaCalibration(2.0, 5.0),
+    "a 3, b 6": lambda accuracy: GammaCalibration(3.0, 6.0),
+    "forgetting .95": lambda accuracy: GammaCalibration(2.0, 5.0, 0.95),
+    "by regime": lambda accuracy: ByRegime(GammaCalibration(2.0, 5.0), accuracy / 4),
+    "power of sd": lambda accuracy: PowerLaw.around(GammaCalibration(2.0, 5.0), accuracy / 4),
+    "conformal": lambda accuracy: Conformal(GammaCalibration(2.0, 5.0)),
+}
+"""Calibrations by name.  Args: accuracy: kcal/mol."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,41 @@ class Run:
     policy: Policy
     members: int
     seed: int
+    sds: str = "spread"
+    """"sum": the last-layer Laplace of `laplace.py` adds to the variance of the energies."""
+
+
+@dataclass
+class Distance:
+    """Last-layer Laplace of a replay: derivatives of all frames are computed once, the posterior after every label."""
+
+    slopes: Array
+    residual: Array
+    """(B, 1 + 3A) labels minus foundation, eV and eV/Å."""
+    noise: tuple[float, float]
+    sd: Array | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> Distance | None:
+        """None where it is not wanted."""
+        known = run.trajectory.frames
+        if run.sds != "sum" or known.forces is None:
+            return None
+        found = predict(run.learner, start(run.learner, 1), known.frames)
+        difference = (known.forces - found.mean_forces).reshape(len(known), -1)
+        energy = known.energy - found.mean_energy
+        noise = run.learner.noise.energy_sd, run.learner.noise.force_base_sd
+        return cls(jacobian(run.trajectory.potential, known.frames), np.c_[energy - energy[0], difference], noise)
+
+    def learn(self, rows: list[int]) -> None:
+        """Take the labels of these frames."""
+        self.sd, _ = Laplace.fit(self.slopes[rows], self.residual[rows], *self.noise).sds(self.slopes)
+
+    def added(self, prediction: Prediction, rows: slice) -> Prediction:
+        """The prediction with larger noise of the energies."""
+        if self.sd is None:
+            return prediction
+        return replace(prediction, energy_noise_sd=np.hypot(prediction.energy_noise_sd, self.sd[rows]))
 
 
 def run_through(run: Run, calibrations: Mapping[str, Calibration]) -> list[dict[str, Any]]:
@@ -68,10 +118,11 @@ def run_through(run: Run, calibrations: Mapping[str, Calibration]) -> list[dict[
     ensemble = Ensemble(learner.potential, generation.weights, 0, learner.noise)
     labels: list[LabelledFrame] = []
     records: list[dict[str, Any]] = []
-    here = 0
+    here, distance = 0, Distance.of(run)
     while here < len(frames):
         ahead = slice(here, min(here + AHEAD, len(frames))) if labels else slice(here, here + 1)
         prediction = ensemble.predict(frames.frames[ahead])
+        prediction = prediction if distance is None else distance.added(prediction, ahead)
         draws = np.array([uniform(run.seed, "audit", i) for i in range(ahead.start, ahead.stop)])
         decisions = run.policy.judge(prediction, frames.frames[ahead], calibrations, draws, first=not labels)
         for b, decision in enumerate(decisions):
@@ -97,6 +148,8 @@ def run_through(run: Run, calibrations: Mapping[str, Calibration]) -> list[dict[
             generation, diverged = learnt(learner, generation, labels)
             records[-1]["diverged"] = diverged
             ensemble.swap(generation.weights, generation.number)
+            if distance is not None:
+                distance.learn([r["frame"] for r in records if r["criterion"] != "none"])
             break
     return records
 
@@ -162,7 +215,7 @@ def make_run(name: str, candidate: str, seed: int, options: argparse.Namespace) 
     if options.forces:
         criteria = (*criteria, ForceCriterion(trajectory.force_accuracy))
     policy = Policy(criteria, options.confidence, options.audit)
-    return Run(learner, trajectory, policy, options.members, seed), {c.name: chosen.calibration() for c in criteria}
+    return Run(learner, trajectory, policy, options.members, seed, chosen.sds), {c.name: chosen.calibration() for c in criteria}
 
 
 def runs(options: argparse.Namespace) -> None:
@@ -204,6 +257,34 @@ def early(options: argparse.Namespace) -> None:
                 )
             low, high = clopper_pearson(wrong, served, 0.95)
             print(f"{'':<12} served beyond the accuracy: {wrong} of {served} ({100 * low:.1f} to {100 * high:.1f} %)", flush=True)
+
+
+def screen(options: argparse.Namespace) -> None:
+    """What other calibrations would have decided on the predictions of the replays, which stay those of the labels really learnt."""
+    table = measure.Table(("trajectory:<12", "candidate:<24", "calibration:<14", "asked", "served", "beyond", "share:.3f"))
+    for name in options.trajectories:
+        accuracy = TRAJECTORIES[name](options.data, options.cache, options.seeds[0]).accuracy / KCAL
+        for candidate in options.candidates:
+            each = [replayed(name, candidate, seed, options)["records"] for seed in options.seeds]
+            for kind, make in OTHERS.items():
+                asked, served, beyond = np.sum([judged(records, make(accuracy), accuracy) for records in each], axis=0)
+                row = {"trajectory": name, "candidate": candidate, "calibration": kind, "asked": asked, "served": served}
+                table.add(row | {"beyond": beyond, "share": beyond / max(1, served)})
+
+
+def judged(records: list[dict[str, Any]], calibration: Calibration, accuracy: float) -> tuple[int, int, int]:
+    """Frames that would have been asked and served, and served though beyond, with the pairs of the frames really asked."""
+    asked = served = beyond = 0
+    for r in records:
+        if r["criterion"] == "first":
+            continue
+        if float(calibration.probability_exceeds(np.array([r["sd"]]), accuracy)[0]) > 0.05:
+            asked += 1
+        else:
+            served, beyond = served + 1, beyond + (abs(r["error"]) >= accuracy)
+        if r["criterion"] != "none":
+            calibration = calibration.observe(r["error"], r["sd"])
+    return asked, served, beyond
 
 
 def _sign(record: Mapping[str, Any], accuracy: float) -> str:
@@ -259,7 +340,7 @@ def exact_tail(inside: int, chances: Sequence[float]) -> float:
 def main() -> None:
     """The table asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["runs", "early", "events"], default="runs")
+    parser.add_argument("what", nargs="?", choices=["runs", "early", "events", "screen"], default="runs")
     parser.add_argument("--data", type=Path, required=True, help="folder of models and labelled frames")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/bnn-driver/benchmarks").expanduser())
     parser.add_argument("--trajectories", nargs="+", choices=list(TRAJECTORIES), default=list(TRAJECTORIES))
@@ -275,7 +356,7 @@ def main() -> None:
     options = parser.parse_args()
     settle(1)
     options.cache.mkdir(parents=True, exist_ok=True)
-    {"runs": runs, "early": early, "events": events}[options.what](options)
+    {"runs": runs, "early": early, "events": events, "screen": screen}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 pytest.importorskip("tblite.ase")
 from calibrations import ByRegime, Conformal, PowerLaw
 from laplace import OFFSET_SD, Laplace
-from replay import exact_tail, facts, windows
+from replay import exact_tail, facts, judged, windows
 from trajectories import torsion
 
 from bnn_driver.bayes.calibration import GammaCalibration
@@ -78,6 +78,14 @@ def test_facts_count_what_was_served() -> None:
     ]
     found = facts(records, 1.0)
     assert (found["labels"], found["audits"], found["served"], found["beyond"], found["asked_beyond"]) == (4, 1, 3, 2, 1)
+
+
+def test_a_calibration_is_judged_on_the_pairs_of_the_frames_really_asked() -> None:
+    kinds, sds, errors = ["first", "energy", "none", "none"], [0.1, 0.5, 0.01, 0.3], [0.0, 0.5, 0.02, 1.5]
+    records = [{"criterion": k, "sd": s, "error": e} for k, s, e in zip(kinds, sds, errors, strict=True)]
+    asked, served, beyond = judged(records, GammaCalibration(50.0, 5.0), 1.0)
+    assert (asked, served, beyond) == (0, 3, 1), "sds are believed to be three times too large"
+    assert judged(records, GammaCalibration(50.0, 500.0), 1.0) == (2, 1, 0)
 
 
 def test_a_power_law_of_one_is_the_products_calibration() -> None:
