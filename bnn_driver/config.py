@@ -103,6 +103,9 @@ class EnsembleSettings(_Section):
     dispersion: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """sd of the chains' own centres around the foundation weights: each chain starts at its centre and has its prior around it.  "auto":
     as large as explains the foundation's error in the first labels, at most prior_sd; published 0."""
+    distance: Literal["auto", "energy", "off"] = "auto"
+    """"energy": the variance of an energy gets what the labels leave open of the last layer's weights, in closed form, which grows with
+    the distance to the labels; "auto": where the potential has such a layer; published "off"."""
     label_weights: Literal["equal", "bootstrap", "folds"] = "equal"
     """How the labels count in each chain: all the same, with weights of its own (Bayesian bootstrap), or some left out."""
     energy_noise: Fraction = 0.1

@@ -15,7 +15,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "dispersed": {},
     # Rensmeyer, Kramer, Niggemann, Digital Discovery 2026, DOI 10.1039/d5dd00392j, for MACE
     "rensmeyer2026": {
-        "ensemble": {"step_size": 1e-3, "dispersion": 0.0, "predicted_noise": ("forces",)},
+        "ensemble": {"step_size": 1e-3, "dispersion": 0.0, "distance": "off", "predicted_noise": ("forces",)},
         "calibration": {"a": 1.5, "b": 10.0},
     },
 }

@@ -14,6 +14,7 @@ import torch
 from bnn_driver.active.criteria import EnergyCriterion, ForceCriterion
 from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
+from bnn_driver.bayes.laplace import energy_sd
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
@@ -21,6 +22,7 @@ from bnn_driver.config import Config, EnsembleSettings
 from bnn_driver.errors import ConfigError
 from bnn_driver.ipi.simulation import IpiInput, read_input
 from bnn_driver.loops.chain_update import Learner
+from bnn_driver.loops.distance import Distances
 from bnn_driver.loops.seeds import derive
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import Ensemble
@@ -107,6 +109,11 @@ def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model
             sampled=config.ensemble.sampled,
         )
         checksum = loaded.sha256
+    if config.ensemble.distance == "energy" and not potential.last_layer:
+        raise ConfigError(
+            '[ensemble] distance = "energy" needs a potential whose last layer can be told from its features, but '
+            f'[potential] {s.model} is evaluated by "{potential.path}"; set distance = "off", or leave [potential] path at "auto"'
+        )
     return Model(potential, make_noise(config.ensemble, config.accuracy.energy, potential.n_features), checksum)
 
 
@@ -119,7 +126,7 @@ def make_noise(e: EnsembleSettings, accuracy: float, n_features: int) -> NoiseMo
 def make_ensemble(model: Model, generation: Generation, config: Config) -> Ensemble:
     """The evaluator of one generation."""
     e = config.ensemble
-    return Ensemble(model.potential, generation.weights, generation.number, model.noise, e.member_chunk, e.skin)
+    return Ensemble(model.potential, generation.weights, generation.number, model.noise, e.member_chunk, e.skin, energy_sd)
 
 
 def foundation_generation(model: Model, members: int) -> Generation:
@@ -145,6 +152,11 @@ def make_learner(potential: Potential, noise: NoiseModel, e: EnsembleSettings, s
     )
     plain = Learner.around(potential, noise, e.prior_sd, settings, seed)
     return replace(plain, dispersion=e.dispersion, label_weights=e.label_weights)
+
+
+def make_distances(potential: Potential, noise: NoiseModel, e: EnsembleSettings) -> Distances | None:
+    """What adds the distance to the labels to generations; None where it is off or cannot be had."""
+    return Distances(potential, noise) if e.distance != "off" and potential.last_layer else None
 
 
 def make_policy(config: Config, numbers: Array, audit_probability: float) -> tuple[Policy, dict[str, GammaCalibration]]:

@@ -92,7 +92,7 @@ def update(
         attempt: 0, or the number of the repetition after a diverged update; it changes the seeds only.
     """
     number = previous.number + 1
-    members, dispersion = len(next(iter(previous.weights.values()))), learner.dispersion_of(previous, labels)
+    members, dispersion = len(previous.weights[learner.layout.blocks[0].name]), learner.dispersion_of(previous, labels)
     prior, label_weights = learner.prior_of(members, dispersion), learner.weights_of(labels, members)
     theta = learner.start(previous, prior)
     seeds = [derive(learner.seed, "chain", m, "generation", number, "attempt", attempt) for m in range(len(theta))]

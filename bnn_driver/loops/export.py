@@ -63,7 +63,7 @@ def export_run(run_path: Path, target: str, folder: Path) -> str:
     number = weights.latest(run.generations_dir)
     generation = weights.load(run.generations_dir, 0 if number is None else number)
     folder.mkdir(parents=True, exist_ok=True)
-    stacked = {k: torch.as_tensor(v) for k, v in generation.weights.items() if not k.startswith("noise.")}
+    stacked = {k: torch.as_tensor(v) for k, v in generation.weights.items() if not k.startswith(("noise.", "distance."))}
     files = export_mace(model.potential, stacked, folder)
     LabelStore(run.labels_dir).export_extxyz(folder / "labels.extxyz")
     written = [*(f.name for f in files), "labels.extxyz"]

@@ -28,6 +28,7 @@ from bnn_driver.loops.assembly import (
     Model,
     foundation_generation,
     load_model,
+    make_distances,
     make_ensemble,
     make_policy,
     physics,
@@ -132,11 +133,19 @@ def check_session(config_file: Path) -> str:
             f"i-PI       {where}; {ipi_input.n_beads if ipi_input else '?'} beads, {ipi_input.total_steps if ipi_input else '?'} steps",
             f"potential  {config.potential.model}: {model.potential.path}",
             f"sampled    {sampled} weights per member, {config.ensemble.members} members, {milliseconds:.1f} ms per prediction",
+            f"recipe     {config.ensemble.recipe}; distance to the labels {_distance(config, model)}",
             *(f"fixed      {reason}" for reason in model.potential.never_sampled),
             f"oracle     {oracle.code}, fingerprint {fingerprint(oracle)[:12]}",
             "everything that can be checked without running is in order",
         ]
     )
+
+
+def _distance(config: Config, model: Model) -> str:
+    """Whether the variance of energies grows with it."""
+    if make_distances(model.potential, model.noise, config.ensemble) is None:
+        return "off" if config.ensemble.distance == "off" else "not to be had with this potential"
+    return "in the variance of energies"
 
 
 @dataclass

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bnn_driver.errors import DivergedError, EnvironmentProblem
 from bnn_driver.loops.chain_update import Learner, update
+from bnn_driver.loops.distance import Distances
 from bnn_driver.records import Generation, LabelledFrame
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
@@ -26,11 +27,13 @@ FAILED = "failed.json"
 """In generations/: the labels whose update diverged, so that nobody waits for it."""
 
 
-def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int, audits_at_once: int | None) -> None:
+def serve_updates(
+    run: RunDirectory, learner: Learner, retries: int, keep: int, audits_at_once: int | None, distances: Distances | None = None
+) -> None:
     """Learn every label that appears, for ever; the parent process ends it.
 
     Args: audits_at_once: unlearnt audits that are worth an update of their own; None: they wait for an asked label, so that no
-        update is under way when one comes.
+        update is under way when one comes.   distances: what adds the distance to the labels to every generation.
     """
     store = LabelStore(run.labels_dir)
     events = EventLog(run.events_dir)
@@ -54,6 +57,9 @@ def serve_updates(run: RunDirectory, learner: Learner, retries: int, keep: int, 
             ids = [item.label.frame_id for item in labels]
             write_atomic(run.generations_dir / FAILED, json.dumps(ids).encode())
         else:
+            learnt = set(generation.label_ids)
+            if distances is not None:
+                generation = distances.added(generation, [item for item in labels if item.label.frame_id in learnt])
             weights.publish(run.generations_dir, generation)
             weights.prune(run.generations_dir, keep)
 

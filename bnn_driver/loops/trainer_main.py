@@ -11,7 +11,7 @@ import numpy as np
 
 from bnn_driver.config import read_config
 from bnn_driver.errors import BnnError
-from bnn_driver.loops.assembly import load_model, make_learner, settle
+from bnn_driver.loops.assembly import load_model, make_distances, make_learner, settle
 from bnn_driver.loops.trainer import end_with_parent, serve_updates
 from bnn_driver.store.run import RunDirectory, read_json
 
@@ -30,7 +30,8 @@ def main() -> None:
             model = load_model(config, base, numbers, config.trainer.device)
             learner = make_learner(model.potential, model.noise, config.ensemble, config.run.seed)
             audits_at_once = config.ensemble.batch_size if config.trainer.max_lag else None
-            serve_updates(run, learner, config.trainer.update_retries, config.output.keep_generations, audits_at_once)
+            distances = make_distances(model.potential, model.noise, config.ensemble)
+            serve_updates(run, learner, config.trainer.update_retries, config.output.keep_generations, audits_at_once, distances)
     except BnnError as error:
         logging.getLogger(__name__).error("%s", error)
         sys.exit(error.exit_code)

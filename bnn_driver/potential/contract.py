@@ -57,10 +57,19 @@ class Potential(Protocol):
     """Numbers per edge and member in the largest tensor of an evaluation."""
     compiler: Compiler
     """Runs functions built on `evaluate`, compiled where that was asked for."""
+    last_layer: tuple[str, ...]
+    """Names of the weights that make the energy of `Evaluation.features`; empty where that cannot be had."""
 
     @property
     def together(self) -> int:
         """Bytes of such tensors up to which members are better evaluated together on a CPU, see `planning`."""
+        ...
+
+    def energy_slopes(self, features: Tensor) -> Tensor:
+        """Derivatives of energies by the weights of the last layer at θ_0.
+
+        Args: features: (B, A, F) of `Evaluation` at θ_0.   Returns: (B, D), in the order of `last_layer`.
+        """
         ...
 
     def prepare(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -20,11 +20,13 @@ from bnn_driver.records import Array, Frames, Prediction
 logger = logging.getLogger(__name__)
 
 NOISE_PREFIX = "noise."
+DISTANCE_PREFIX = "distance."
 GPU_SKIN = 0.5
 """Å."""
 _QUANTITIES = "energy", "forces", "virial", "energy_noise_sd", "force_noise_sd"
 """Of a `Prediction`, in the order in which they are computed."""
 Noise = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, Tensor]]
+Distance = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +56,20 @@ class Ensemble:
         noise: Noise | None,
         member_chunk: int | None = None,
         skin: float | None = None,
+        distance: Distance | None = None,
     ) -> None:
         """Args: weights: name -> (M, ...), with the weights of the noise head under "noise.".
         noise: (features (M, B, A, F), noise weights) -> energy sd (M, B) eV and force sd (M, B, A) eV/Å; None: 0.
         member_chunk: members evaluated together; None: as `planning.plan` finds.
         skin: Å beyond the cutoff; a list serves until an atom has moved by half of it.  0: a list per call.  None: 0.5 on a GPU,
             0 on a CPU, where a new list costs less than the edges that a skin adds.
+        distance: (derivatives of energies by the last layer's weights (B, D), what stands under "distance.") -> sd (B,) eV.
         """
         if (member_chunk is not None and member_chunk < 1) or (skin is not None and skin < 0):
             raise ModelError(f"member_chunk must be at least 1 and skin at least 0, but got {member_chunk} and {skin}")
         self.potential = potential
         self.noise = noise
+        self.distance = distance
         self.skin = (GPU_SKIN if potential.device.type == "cuda" else 0.0) if skin is None else skin
         self.member_chunk = member_chunk
         self._listed: _Listed | None = None
@@ -74,12 +79,20 @@ class Ensemble:
     def swap(self, weights: Mapping[str, Tensor | Array], generation: int) -> None:
         """Take other weights for all members.
 
+        Weights under "distance." are the posterior of the last layer (`bayes.laplace`): with them the foundation model is evaluated as one
+        more member, and what its features say of the distance to the labels is added to the noise of the energies.
+
         Raises: ModelError when a name is missing or unknown, or a shape is wrong.
         """
-        tensors = {name: self._tensor(x) for name, x in weights.items()}
+        self._distance = _distance(weights, self.potential.device) if self.distance is not None else {}
+        tensors = {name: self._tensor(x) for name, x in weights.items() if not name.startswith(DISTANCE_PREFIX)}
         self._network = {name: x for name, x in tensors.items() if not name.startswith(NOISE_PREFIX)}
         self._head = {name: x for name, x in tensors.items() if name.startswith(NOISE_PREFIX)}
         self.members = _check(self._network, self.potential.weights, generation)
+        if self._distance:
+            self._network = {name: torch.cat([x, self.potential.weights[name][None].to(x)]) for name, x in self._network.items()}
+            self._head = {name: torch.cat([x, torch.zeros_like(x[:1])]) for name, x in self._head.items()}
+        self._evaluated = self.members + (1 if self._distance else 0)
         self._prepared: dict[int, list[_Chunk]] = {}
         self.generation = generation
         logger.info("generation %d: %d members", generation, self.members)
@@ -95,27 +108,36 @@ class Ensemble:
         if split.frames < len(frames):
             every = torch.arange(len(frames), device=self.potential.device)
             graphs = [graph.take(rows) for rows in every.split(split.frames)]
-        found = [quantity for some in graphs for quantity in self._quantities(some, split.members)]
-        host = to_host(found)  # the only wait for a GPU
+        distances: list[Tensor] = []
+        found = [quantity for some in graphs for quantity in self._quantities(some, split.members, distances)]
+        host = to_host(found + distances)  # the only wait for a GPU
         each = len(_QUANTITIES)
-        joined = {name: _joined(host[i::each], len(graphs)) for i, name in enumerate(_QUANTITIES)}
+        joined = {name: _joined(host[i : len(found) : each], len(graphs)) for i, name in enumerate(_QUANTITIES)}
+        if distances:
+            joined["energy_noise_sd"] = np.hypot(joined["energy_noise_sd"], np.concatenate(host[len(found) :]))
         return Prediction(**joined, generation=self.generation)
 
     def together(self, frames: Frames) -> int:
         """Members that are evaluated at a time on these frames."""
-        return min(self.members, self._plan(self._graph(frames)).members)
+        return min(self._evaluated, self._plan(self._graph(frames)).members)
 
-    def _quantities(self, graph: Graph, members: int) -> Iterator[Tensor]:
-        """`_QUANTITIES` of some frames, members chunk by chunk."""
+    def _quantities(self, graph: Graph, members: int, distances: list[Tensor]) -> Iterator[Tensor]:
+        """`_QUANTITIES` of some frames, members chunk by chunk; the sd that the distance to the labels brings is appended."""
+        first = 0
         for chunk in self._chunks(members):
             evaluation = self.potential.evaluate(chunk.network, graph)
-            yield from (evaluation.energy, evaluation.forces, evaluation.virial, *self._noise_sd(evaluation, chunk.head))
+            quantities = evaluation.energy, evaluation.forces, evaluation.virial, *self._noise_sd(evaluation, chunk.head)
+            last = self.members - first
+            yield from (x[:last] for x in quantities)
+            if last < len(evaluation.energy) and self.distance is not None:
+                distances.append(self.distance(self.potential.energy_slopes(evaluation.features[last]), self._distance))
+            first += len(evaluation.energy)
 
     def _chunks(self, size: int) -> list[_Chunk]:
         """All members in groups, with what follows from their weights; kept until the next swap."""
         if size not in self._prepared:
             chunks = []
-            for first in range(0, self.members, size):
+            for first in range(0, self._evaluated, size):
                 rows = slice(first, first + size)
                 with torch.no_grad():
                     prepared = self.potential.prepare({name: x[rows] for name, x in self._network.items()})
@@ -125,10 +147,10 @@ class Ensemble:
 
     def _plan(self, graph: Graph) -> Plan:
         """How the members and these frames are split; said when it is new."""
-        shape = (self.members, *graph.source.shape)
+        shape = (self._evaluated, *graph.source.shape)
         if shape not in self._plans:
             per_frame = graph.source[0].numel() * self.potential.edge_width * self.potential.dtype.itemsize
-            found = plan(self.members, graph.lead[0], per_frame, self.potential.device, together=self.potential.together)
+            found = plan(self._evaluated, graph.lead[0], per_frame, self.potential.device, together=self.potential.together)
             if self.member_chunk is not None:
                 found = Plan(self.member_chunk, found.frames)
             if found not in self._plans.values():
@@ -156,6 +178,15 @@ class Ensemble:
         graph = build_graph(frames, cutoff, self.potential.dtype, self.potential.device, rounded=rounded)
         self._listed = _Listed(frames, graph)
         return graph
+
+
+def _distance(weights: Mapping[str, Tensor | Array], device: torch.device) -> dict[str, Tensor]:
+    """What stands under "distance.", without the prefix."""
+    return {
+        k.removeprefix(DISTANCE_PREFIX): torch.as_tensor(x).to(device)
+        for k, x in weights.items()
+        if k.startswith(DISTANCE_PREFIX)
+    }
 
 
 def _still_valid(listed: Frames, frames: Frames, skin: float) -> bool:

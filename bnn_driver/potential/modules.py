@@ -43,6 +43,7 @@ class ModulesPotential:
         self._columns = _invariant_columns(module, device)
         self.edge_width, self.together = 1, CACHE  # one member at a time in any case
         self.n_features = len(self._columns)
+        self.last_layer: tuple[str, ...] = ()
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)
 
@@ -52,6 +53,10 @@ class ModulesPotential:
         self.weights = self.sampled.theta()
         self.never_sampled = self.sampled.never_sampled
         self.path = f"{self.path}; sampled: {why}"
+
+    def energy_slopes(self, features: Tensor) -> Tensor:
+        """Of no weights."""
+        return features.new_zeros(len(features), 0)
 
     def prepare(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Nothing follows from the weights alone."""

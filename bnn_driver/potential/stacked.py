@@ -78,6 +78,9 @@ class StackedPotential:
         self.n_features = sum(_width(layer, self.weights) for layer in self.tables.layers[-2:])
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)[self.sampled.element_index]
+        self._seen = [(t, _width(self.tables.layers[t], self.weights)) for t in range(len(self.tables.layers))][-2:]
+        read = [r for r in self.tables.readouts if r.layer >= self._seen[0][0]]
+        self.last_layer = tuple(name for r in read for name in (r.first, r.second) if name is not None)
         self._z = torch.tensor(elements, device=device)
         self._sorted: tuple[Tensor, Sorting] | None = None
         self._sortings: dict[tuple[int, ...], Sorting] = {}
@@ -115,6 +118,18 @@ class StackedPotential:
 
         tensors = [*graph.tensors(), *weights.values()]
         return Evaluation(*self.compiler("evaluation", (atoms.key, names, graph.cell is None), function, tensors))
+
+    def energy_slopes(self, features: Tensor) -> Tensor:
+        """See `Potential.energy_slopes`."""
+        b = len(features)
+        leaves = {name: self.weights[name].expand(b, *self.weights[name].shape).clone() for name in self.last_layer}
+        with torch.enable_grad():
+            leaves = {name: x.requires_grad_(True) for name, x in leaves.items()}
+            weights = fold(leaves, self._factors)
+            parts = dict(zip((t for t, _ in self._seen), features.detach().split([c for _, c in self._seen], dim=2), strict=True))
+            energies = [read(r, weights, parts[r.layer]).sum() for r in self.tables.readouts if r.first in leaves]
+            gradients = torch.autograd.grad(torch.stack(energies).sum() * self.tables.scale, list(leaves.values()))
+        return torch.cat([x.reshape(b, -1) for x in gradients], dim=1)
 
     def _sorting(self, numbers: Tensor) -> Sorting:
         """One for all graphs of the same atoms, found without a look at the values when they bring the same tensor.

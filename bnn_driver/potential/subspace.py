@@ -78,7 +78,12 @@ class SubspacePotential:
         shared = f"{fixed} of {len(layers)} layers once for all" if fixed else "there is no layer before the last one to share"
         self.path = f"{whole.path}; sampled: {sampled}, {shared}"
         self.edge_width, self.together = 1, whole.together  # all members come at once, and are split here
+        self.last_layer = whole.last_layer
         self._kept: KnownFrames | None = None
+
+    def energy_slopes(self, features: Tensor) -> Tensor:
+        """See `Potential.energy_slopes`."""
+        return self.whole.energy_slopes(features)
 
     def prepare(self, weights: Weights) -> Weights:
         """Weights that remember what follows from them for the groups of members in which frames need them."""

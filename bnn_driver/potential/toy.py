@@ -45,6 +45,7 @@ class ToyPotential:
         self.never_sampled: tuple[str, ...] = ()
         self.edge_width, self.together = _CENTRES, CACHE
         self.n_features = 2 * _CENTRES
+        self.last_layer: tuple[str, ...] = ()
         self.weights = _initial(self.elements, generator or torch.Generator().manual_seed(0), dtype, self.device)
         pairs = list(itertools.combinations_with_replacement(range(len(self.elements)), 2))
         table = torch.zeros(len(self.elements), len(self.elements), dtype=torch.int64)
@@ -52,6 +53,10 @@ class ToyPotential:
             table[a, b] = table[b, a] = i
         self._pair_type = table.to(self.device)
         self._centres = torch.linspace(0.7, cutoff, _CENTRES, dtype=dtype, device=self.device)
+
+    def energy_slopes(self, features: Tensor) -> Tensor:
+        """Of no weights."""
+        return features.new_zeros(len(features), 0)
 
     def prepare(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Nothing follows from the weights alone."""

@@ -66,9 +66,10 @@ CANDIDATES: dict[str, Candidate] = {
     "cyclical": Candidate(PUBLISHED, {"cycles": 4}, "Zhang et al. 2020"),
     "function prior": Candidate(DEFAULT, {"dispersion": 0.0}, "Hafner et al. 2018", function_prior=True),
     "default, function prior": Candidate(DEFAULT, source="Hafner et al. 2018", function_prior=True),
-    "Laplace": Candidate(DEFAULT, source="LLPR, Bigi et al. 2024", base="default", sds="laplace"),
-    "default and Laplace": Candidate(DEFAULT, source="both", base="default", sds="sum"),
-    "published and Laplace": Candidate(PUBLISHED, source="both", base="published", sds="sum"),
+    "no distance": Candidate(DEFAULT, {"distance": "off"}, "spread of dispersed chains alone", base="default"),
+    "published, distance": Candidate(PUBLISHED, {"distance": "auto"}, "LLPR, Bigi et al. 2024", base="published"),
+    "Laplace": Candidate(DEFAULT, {"distance": "off"}, "energies and forces, no spread", base="default", sds="laplace"),
+    "Laplace and spread": Candidate(DEFAULT, {"distance": "off"}, "energies and forces", base="default", sds="sum"),
     "readouts": Candidate(DEFAULT, {"sampled": "readout", "step_size": 1e-2}, "Kellner, Ceriotti 2024"),
 }  # fmt: skip
 

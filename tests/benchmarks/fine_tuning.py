@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from scipy.stats import mannwhitneyu, spearmanr
 
+from bnn_driver.bayes.laplace import energy_sd
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.bayes.minibatch import draw_chains
 from bnn_driver.bayes.sghmc import SghmcSettings
@@ -98,7 +99,7 @@ def start(learner: Learner, members: int) -> Generation:
 
 def predict(learner: Learner, generation: Generation, frames: Frames) -> Prediction:
     """Prediction of many frames, a part at a time."""
-    ensemble = Ensemble(learner.potential, generation.weights, generation.number, learner.noise, 1, 0.0)
+    ensemble = Ensemble(learner.potential, generation.weights, generation.number, learner.noise, 1, 0.0, energy_sd)
     parts = [ensemble.predict(frames[slice(i, i + CHUNK)]) for i in range(0, len(frames), CHUNK)]
     names = ("energy", "forces", "virial", "energy_noise_sd", "force_noise_sd")
     return Prediction(*(np.concatenate([getattr(p, n) for p in parts], axis=1) for n in names))

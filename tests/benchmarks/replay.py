@@ -28,8 +28,7 @@ import measure
 import numpy as np
 from calibrations import ByRegime, Conformal, PowerLaw
 from candidates import CANDIDATES, learner_of
-from fine_tuning import predict, start
-from laplace import Laplace, jacobian
+from fine_tuning import start
 from scipy.stats import binom
 from shifts import KCAL
 from trajectories import TRAJECTORIES, Trajectory, conformer
@@ -37,11 +36,13 @@ from trajectories import TRAJECTORIES, Trajectory, conformer
 from bnn_driver.active.criteria import Calibration, EnergyCriterion, ForceCriterion
 from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration, clopper_pearson
-from bnn_driver.loops.assembly import settle
+from bnn_driver.bayes.laplace import energy_sd
+from bnn_driver.loops.assembly import make_distances, settle
 from bnn_driver.loops.chain_update import Learner, energy_offset, update
+from bnn_driver.loops.distance import Distances
 from bnn_driver.loops.seeds import uniform
 from bnn_driver.potential.ensemble import Ensemble
-from bnn_driver.records import Array, Generation, LabelledFrame, Prediction
+from bnn_driver.records import Array, Generation, LabelledFrame
 
 AHEAD = 40
 """Frames predicted at once; those behind an asked one are predicted again."""
@@ -72,41 +73,7 @@ class Run:
     policy: Policy
     members: int
     seed: int
-    sds: str = "spread"
-    """"sum": the last-layer Laplace of `laplace.py` adds to the variance of the energies."""
-
-
-@dataclass
-class Distance:
-    """Last-layer Laplace of a replay: derivatives of all frames are computed once, the posterior after every label."""
-
-    slopes: Array
-    residual: Array
-    """(B, 1 + 3A) labels minus foundation, eV and eV/Å."""
-    noise: tuple[float, float]
-    sd: Array | None = None
-
-    @classmethod
-    def of(cls, run: Run) -> Distance | None:
-        """None where it is not wanted."""
-        known = run.trajectory.frames
-        if run.sds != "sum" or known.forces is None:
-            return None
-        found = predict(run.learner, start(run.learner, 1), known.frames)
-        difference = (known.forces - found.mean_forces).reshape(len(known), -1)
-        energy = known.energy - found.mean_energy
-        noise = run.learner.noise.energy_sd, run.learner.noise.force_base_sd
-        return cls(jacobian(run.trajectory.potential, known.frames), np.c_[energy - energy[0], difference], noise)
-
-    def learn(self, rows: list[int]) -> None:
-        """Take the labels of these frames."""
-        self.sd, _ = Laplace.fit(self.slopes[rows], self.residual[rows], *self.noise).sds(self.slopes)
-
-    def added(self, prediction: Prediction, rows: slice) -> Prediction:
-        """The prediction with larger noise of the energies."""
-        if self.sd is None:
-            return prediction
-        return replace(prediction, energy_noise_sd=np.hypot(prediction.energy_noise_sd, self.sd[rows]))
+    distances: Distances | None
 
 
 def run_through(run: Run, calibrations: Mapping[str, Calibration]) -> list[dict[str, Any]]:
@@ -115,14 +82,13 @@ def run_through(run: Run, calibrations: Mapping[str, Calibration]) -> list[dict[
     foundation = Ensemble(learner.potential, start(learner, 1).weights, 0, learner.noise)
     first = float(foundation.predict(frames.frames[0]).mean_energy[0])
     generation = start(learner, run.members)
-    ensemble = Ensemble(learner.potential, generation.weights, 0, learner.noise)
+    ensemble = Ensemble(learner.potential, generation.weights, 0, learner.noise, distance=energy_sd)
     labels: list[LabelledFrame] = []
     records: list[dict[str, Any]] = []
-    here, distance = 0, Distance.of(run)
+    here = 0
     while here < len(frames):
         ahead = slice(here, min(here + AHEAD, len(frames))) if labels else slice(here, here + 1)
         prediction = ensemble.predict(frames.frames[ahead])
-        prediction = prediction if distance is None else distance.added(prediction, ahead)
         draws = np.array([uniform(run.seed, "audit", i) for i in range(ahead.start, ahead.stop)])
         decisions = run.policy.judge(prediction, frames.frames[ahead], calibrations, draws, first=not labels)
         for b, decision in enumerate(decisions):
@@ -147,9 +113,8 @@ def run_through(run: Run, calibrations: Mapping[str, Calibration]) -> list[dict[
             calibrations = run.policy.observe(calibrations, item, offset)
             generation, diverged = learnt(learner, generation, labels)
             records[-1]["diverged"] = diverged
-            ensemble.swap(generation.weights, generation.number)
-            if distance is not None:
-                distance.learn([r["frame"] for r in records if r["criterion"] != "none"])
+            told = generation if run.distances is None else run.distances.added(generation, labels)
+            ensemble.swap(told.weights, generation.number)
             break
     return records
 
@@ -215,7 +180,8 @@ def make_run(name: str, candidate: str, seed: int, options: argparse.Namespace) 
     if options.forces:
         criteria = (*criteria, ForceCriterion(trajectory.force_accuracy))
     policy = Policy(criteria, options.confidence, options.audit)
-    return Run(learner, trajectory, policy, options.members, seed, chosen.sds), {c.name: chosen.calibration() for c in criteria}
+    distances = make_distances(learner.potential, learner.noise, settings)
+    return Run(learner, trajectory, policy, options.members, seed, distances), {c.name: chosen.calibration() for c in criteria}
 
 
 def runs(options: argparse.Namespace) -> None:

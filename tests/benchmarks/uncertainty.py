@@ -32,7 +32,7 @@ from shifts import KCAL, SHIFTS, Known, Shift, shuffled
 from bnn_driver.active.criteria import EnergyCriterion, ForceCriterion
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.bayes.scores import coverage, reliability, scores
-from bnn_driver.loops.assembly import settle
+from bnn_driver.loops.assembly import make_distances, settle
 from bnn_driver.loops.chain_update import Learner, energy_offset, update
 from bnn_driver.records import Array, Frames, Generation, Prediction
 
@@ -93,6 +93,9 @@ def case(shift: Shift, candidate: Candidate, n: int, seed: int, options: argpars
     begin = time.perf_counter()
     seen = pool[slice(n, n + 50)].frames if candidate.function_prior else None
     generation, offset, diverged = learnt(learner, pool, n, options.members, kept, seen)
+    distances = make_distances(learner.potential, learner.noise, settings)
+    if distances is not None:
+        generation = distances.added(generation, [pool.label(i, {}) for i in range(n)])
     seconds = time.perf_counter() - begin
     believe = Believer.of(candidate, learner, generation, shift, pool[slice(0, n)], offset)
     energy, force = calibrated(shift, candidate, believe, pool[slice(n, n + 100)], offset)

@@ -146,7 +146,8 @@ def test_a_run_with_sampled_readouts_resumes_is_exported_and_refuses_another_cho
     assert LabelStore(tmp_path / "run" / "labels").all()
     newest = weights.load(tmp_path / "run" / "generations", weights.latest(tmp_path / "run" / "generations") or 0)
     assert newest.number >= 1
-    assert all(name.startswith(("readouts.", "noise.")) for name in newest.weights)
+    assert all(name.startswith(("readouts.", "distance.")) for name in newest.weights)
+    assert newest.weights["distance.root"].ndim == 2
     checked = program("check", config)
     assert "sampled: readout, 2 of 2 layers once for all" in checked.stdout
     exported = program("export", config, "--to", "mace", "-o", tmp_path / "out")
