@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 STYLES = {"published": ("#D55E00", "o"), "default": ("#0072B2", "D")}
 QUANTITIES = {"E": "energy (kcal/mol)", "F": "force component (kcal/mol/Å)"}
@@ -53,5 +54,9 @@ def _panel(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         low, high = min(ends) / 1.3, max(ends) * 1.3
         panel.plot([low, high], [low, high], color="black", linewidth=1.2, zorder=0, label="sd tells the error")
         panel.set(xlim=(low, high), ylim=(low, high), xscale="log", yscale="log", aspect="equal")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
     panel.grid(True, which="major", color="0.92", linewidth=0.8)
     panel.spines[["top", "right"]].set_visible(False)
