@@ -80,7 +80,7 @@ class Prediction:
     virial: Array
     """(M, B, 3, 3) eV, W = -dU/dε = Σ f⊗r (i-PI's sign, not divided by the volume)."""
     energy_noise_sd: Array
-    """(M, B) eV, each member's sd of a label's energy."""
+    """(M, B) eV, each member's sd of a label's energy; with what the distance to the labels adds."""
     force_noise_sd: Array
     """(M, B, A) eV/Å, each member's sd of a label's force components."""
     generation: int = 0
