@@ -174,8 +174,9 @@ class CalibrationSettings(_Section):
     """Half the degrees of freedom; published 1.5."""
     b: float = Field(default=5.0, gt=0)
     """Published 10."""
-    forgetting: float = Field(default=1.0, gt=0, le=1)
-    """Weight of a pair relative to the next one; 1 forgets nothing."""
+    forgetting: float = Field(default=0.9, gt=0, le=1)
+    """Weight of a pair relative to the next one: the trust in the sds follows a change of conformer or phase; 1, as published, forgets
+    nothing."""
 
 
 class Audit(_Section):

@@ -16,7 +16,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Rensmeyer, Kramer, Niggemann, Digital Discovery 2026, DOI 10.1039/d5dd00392j, for MACE
     "rensmeyer2026": {
         "ensemble": {"step_size": 1e-3, "dispersion": 0.0, "distance": "off", "predicted_noise": ("forces",)},
-        "calibration": {"a": 1.5, "b": 10.0},
+        "calibration": {"a": 1.5, "b": 10.0, "forgetting": 1.0},
     },
 }
 
