@@ -7,7 +7,6 @@ GPU is copied from ordinary memory).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from no_wait import NoWait
 from random_models import VARIANTS, crystals, members, molecules, random_mace
 
+from bnn_driver.bayes.laplace import LastLayer, energy_sd
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.factory import make_potential
@@ -52,17 +52,23 @@ def test_an_evaluation_reads_nothing_on_the_host(variant: str) -> None:
 
 
 def test_a_prediction_waits_once() -> None:
-    """With the noise head, members and frames in several pieces, and a list that is kept."""
+    """With the noise head, the distance to the labels, members and frames in several pieces, and a list that is kept."""
     potential = make_potential(random_mace(), [1, 6, 8], torch.float64, "cpu", path="stacked")
     noise = NoiseModel(0.01, 0.05, 0.001, NoiseHead(potential.n_features, (3,)))
-    weights: Mapping[str, torch.Tensor] = members(dict(potential.weights) | noise.head.init(), 3)
-    ensemble = Ensemble(potential, weights, 0, noise, member_chunk=2, skin=1.0)
+    weights: dict[str, torch.Tensor] = dict(members(dict(potential.weights) | noise.head.init(), 3))
+    size = sum(potential.weights[name].numel() for name in potential.last_layer)
+    posterior = LastLayer(torch.eye(size).double(), torch.zeros(size).double(), 0.1, 1.0, 1.0).tensors()
+    weights |= {f"distance.{name}": x for name, x in posterior.items()}
+    ensemble = Ensemble(potential, weights, 0, noise, member_chunk=2, skin=1.0, distance=energy_sd)
     frames = molecules(2)
     expected = ensemble.predict(frames)
     graph = ensemble._graph(frames)
+    distances: list[torch.Tensor] = []
     with NoWait():
-        found = list(ensemble._quantities(graph, ensemble._plan(graph).members))
+        found = list(ensemble._quantities(graph, ensemble._plan(graph).members, distances))
     assert np.array_equal(np.concatenate(to_host(found[1::5])), expected.forces)
+    noise_sd = np.concatenate(to_host(found[3::5]))
+    assert np.array_equal(np.hypot(noise_sd, to_host(distances)[0]), expected.energy_noise_sd)
 
 
 def test_an_evaluation_needs_no_values() -> None:
@@ -108,7 +114,7 @@ def test_a_prediction_on_a_gpu_waits_once() -> None:
     split = ensemble._plan(graph)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        quantities = list(ensemble._quantities(graph, split.members))
+        quantities = list(ensemble._quantities(graph, split.members, []))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(to_host(quantities)) == 5
