@@ -170,9 +170,10 @@ class Accuracy(_Section):
 class CalibrationSettings(_Section):
     """Gamma prior on the precision of the predictive sd: before the first pair errors are sqrt(b/a) times as large as predicted."""
 
-    a: float = Field(default=2.0, gt=0)
-    """Half the degrees of freedom; published 1.5."""
-    b: float = Field(default=5.0, gt=0)
+    a: float = Field(default=1.0, gt=0)
+    """Half the degrees of freedom before the first pair: few, so that the first pairs are decided with wide tails and then count;
+    published 1.5."""
+    b: float = Field(default=1.5, gt=0)
     """Published 10."""
     forgetting: float = Field(default=0.9, gt=0, le=1)
     """Weight of a pair relative to the next one: the trust in the sds follows a change of conformer or phase; 1, as published, forgets

@@ -55,11 +55,14 @@ COLUMNS = (
 OTHERS: dict[str, Callable[[float], Calibration]] = {
     "a 1.5, b 10": lambda accuracy: GammaCalibration(1.5, 10.0),
     "a 2, b 5": lambda accuracy: GammaCalibration(2.0, 5.0),
-    "a 3, b 6": lambda accuracy: GammaCalibration(3.0, 6.0),
-    "forgetting .95": lambda accuracy: GammaCalibration(2.0, 5.0, 0.95),
-    "by regime": lambda accuracy: ByRegime(GammaCalibration(2.0, 5.0), accuracy / 4),
-    "power of sd": lambda accuracy: PowerLaw.around(GammaCalibration(2.0, 5.0), accuracy / 4),
-    "conformal": lambda accuracy: Conformal(GammaCalibration(2.0, 5.0)),
+    "a 1, b 1.5": lambda accuracy: GammaCalibration(1.0, 1.5),
+    "a 2, b 5, .95": lambda accuracy: GammaCalibration(2.0, 5.0, 0.95),
+    "a 2, b 5, .9": lambda accuracy: GammaCalibration(2.0, 5.0, 0.9),
+    "a 1, b 1.5, .95": lambda accuracy: GammaCalibration(1.0, 1.5, 0.95),
+    "a 1, b 1.5, .9": lambda accuracy: GammaCalibration(1.0, 1.5, 0.9),
+    "by regime": lambda accuracy: ByRegime(GammaCalibration(1.0, 1.5), accuracy / 4),
+    "power of sd": lambda accuracy: PowerLaw.around(GammaCalibration(1.0, 1.5), accuracy / 4),
+    "conformal": lambda accuracy: Conformal(GammaCalibration(1.0, 1.5)),
 }
 """Calibrations by name.  Args: accuracy: kcal/mol."""
 
@@ -227,7 +230,7 @@ def early(options: argparse.Namespace) -> None:
 
 def screen(options: argparse.Namespace) -> None:
     """What other calibrations would have decided on the predictions of the replays, which stay those of the labels really learnt."""
-    table = measure.Table(("trajectory:<12", "candidate:<24", "calibration:<14", "asked", "served", "beyond", "share:.3f"))
+    table = measure.Table(("trajectory:<12", "candidate:<24", "calibration:<16", "asked", "served", "beyond", "share:.3f"))
     for name in options.trajectories:
         accuracy = TRAJECTORIES[name](options.data, options.cache, options.seeds[0]).accuracy / KCAL
         for candidate in options.candidates:
