@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 from bnn_driver.errors import BnnError
 
@@ -89,7 +89,7 @@ def rank_correlation(error: Array, sd: Array) -> float:
     if error.size < 3:
         return float("nan")
     mean = (error.size + 1) / 2
-    a, b = _mean_ranks(np.abs(error)) - mean, _mean_ranks(sd) - mean
+    a, b = stats.rankdata(np.abs(error)) - mean, stats.rankdata(sd) - mean
     norm = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / norm if norm > 0 else float("nan")
 
@@ -106,7 +106,7 @@ def auroc(error: Array, sd: Array, accuracy: float) -> float:
     k = int(beyond.sum())
     if k in (0, beyond.size):
         return float("nan")
-    wins = _mean_ranks(sd)[beyond].sum() - k * (k + 1) / 2
+    wins = stats.rankdata(sd)[beyond].sum() - k * (k + 1) / 2
     return float(wins / (k * (beyond.size - k)))
 
 
@@ -246,12 +246,6 @@ def _dof_above(least: int, dof: float) -> None:
 
 def _rms(x: Array) -> float:
     return float(np.sqrt(np.mean(x**2)))
-
-
-def _mean_ranks(x: Array) -> Array:
-    """(n,) ranks from 1; equal values share the mean of theirs."""
-    _, level, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2.0)[level]
 
 
 def _log_density(z: Array, dof: float) -> Array:

@@ -14,6 +14,7 @@ import torch
 
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.graph import build_graph
+from bnn_driver.potential.params import repeat_weights
 from bnn_driver.records import LabelledFrame
 
 MARGIN = 1.25
@@ -32,7 +33,7 @@ def explaining_sd(potential: Potential, labels: Sequence[LabelledFrame], generat
     residual = slopes = 0.0
     for item in labels[:EXPLAINED]:
         graph = build_graph(item.frame, potential.cutoff, potential.dtype, potential.device)
-        leaves = {k: v.expand(PROBES, *v.shape).clone().requires_grad_(True) for k, v in potential.weights.items()}
+        leaves = {k: v.requires_grad_(True) for k, v in repeat_weights(potential.weights, PROBES).items()}
         forces = potential.evaluate(leaves, graph, create_graph=True).forces[:, 0]
         probes = torch.randn(forces.shape, generator=generator, dtype=torch.float64).to(forces)
         gradients = torch.autograd.grad((forces * probes).sum(), list(leaves.values()), materialize_grads=True)

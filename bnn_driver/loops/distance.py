@@ -15,7 +15,8 @@ from bnn_driver.loops.seeds import generator
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import DISTANCE_PREFIX
 from bnn_driver.potential.graph import build_graph
-from bnn_driver.records import Generation, LabelledFrame
+from bnn_driver.potential.params import repeat_weights
+from bnn_driver.records import Frames, Generation, LabelledFrame
 
 COMPONENTS = 96
 """Force components of a label that enter at most; of more, that many are drawn and weigh as all."""
@@ -52,7 +53,7 @@ class Distances:
         components = item.label.forces.size
         rng = generator(0, "force components", item.label.frame_id)
         chosen = np.sort(rng.permutation(components)[:COMPONENTS])
-        energy, forces, slopes = derivatives(self.potential, item, chosen.tolist())
+        energy, forces, slopes = derivatives(self.potential, item.frame, chosen.tolist())
         residual = torch.as_tensor(item.label.forces.ravel()[chosen]) - forces
         noise = self.noise
         return sums.with_label(
@@ -60,17 +61,17 @@ class Distances:
         )  # fmt: skip
 
 
-def derivatives(potential: Potential, item: LabelledFrame, components: Sequence[int]) -> tuple[float, Tensor, Tensor]:
+def derivatives(potential: Potential, frame: Frames, components: Sequence[int]) -> tuple[float, Tensor, Tensor]:
     """What the foundation model says of a frame, and its derivatives by the weights of the last layer.
 
     Args: components: of the forces (0 .. 3A-1).   Returns: energy, eV; these forces (R,), eV/Å; derivatives (1 + R, D), energy first.
     """
-    graph = build_graph(item.frame, potential.cutoff, potential.dtype, potential.device)
+    graph = build_graph(frame, potential.cutoff, potential.dtype, potential.device)
     wanted = [-1, *components]
     rows, energy, forces = [], 0.0, torch.zeros(0)
     for first in range(0, len(wanted), AT_ONCE):
         some = wanted[first : first + AT_ONCE]
-        leaves = {k: v.expand(len(some), *v.shape).clone().requires_grad_(True) for k, v in potential.weights.items()}
+        leaves = {k: v.requires_grad_(True) for k, v in repeat_weights(potential.weights, len(some)).items()}
         result = potential.evaluate(leaves, graph, create_graph=True)
         flat = result.forces[:, 0].flatten(1)
         parts = [result.energy[m, 0] if c < 0 else flat[m, c].double() for m, c in enumerate(some)]

@@ -57,9 +57,8 @@ def serve_updates(
             ids = [item.label.frame_id for item in labels]
             write_atomic(run.generations_dir / FAILED, json.dumps(ids).encode())
         else:
-            learnt = set(generation.label_ids)
             if distances is not None:
-                generation = distances.added(generation, [item for item in labels if item.label.frame_id in learnt])
+                generation = distances.added(generation, labels)
             weights.publish(run.generations_dir, generation)
             weights.prune(run.generations_dir, keep)
 

@@ -39,6 +39,7 @@ from bnn_driver.potential.layers import (
 )
 from bnn_driver.potential.native.convolution import Convolution, layer_tables, refusal
 from bnn_driver.potential.native.polynomial import PolynomialTables
+from bnn_driver.potential.params import repeat_weights
 from bnn_driver.potential.planning import CACHE, STREAMED
 from bnn_driver.potential.pruning import SampledWeights
 
@@ -75,12 +76,14 @@ class StackedPotential:
         self.path = f"{PLAIN_PATH}; no kernels: {why}" if why else f"{PLAIN_PATH}, in kernels"
         self._factors = folding_factors(self.tables, self.weights)
         self.edge_width = max(len(layer.paths) * layer.channels for layer in self.tables.layers)
-        self.n_features = sum(_width(layer, self.weights) for layer in self.tables.layers[-2:])
+        seen = range(len(self.tables.layers))[-2:]
+        self._seen = {t: _width(self.tables.layers[t], self.weights) for t in seen}
+        """Layers whose scalars are the features, and how many each has."""
+        self.n_features = sum(self._seen.values())
+        self._last_readouts = [r for r in self.tables.readouts if r.layer in self._seen]
+        self.last_layer = tuple(name for r in self._last_readouts for name in (r.first, r.second) if name is not None)
         e0 = torch.atleast_2d(module.atomic_energies_fn.atomic_energies).double()
         self._e0 = e0[head if len(e0) > 1 else 0].to(device)[self.sampled.element_index]
-        self._seen = [(t, _width(self.tables.layers[t], self.weights)) for t in range(len(self.tables.layers))][-2:]
-        read = [r for r in self.tables.readouts if r.layer >= self._seen[0][0]]
-        self.last_layer = tuple(name for r in read for name in (r.first, r.second) if name is not None)
         self._z = torch.tensor(elements, device=device)
         self._sorted: tuple[Tensor, Sorting] | None = None
         self._sortings: dict[tuple[int, ...], Sorting] = {}
@@ -122,12 +125,12 @@ class StackedPotential:
     def energy_slopes(self, features: Tensor) -> Tensor:
         """See `Potential.energy_slopes`."""
         b = len(features)
-        leaves = {name: self.weights[name].expand(b, *self.weights[name].shape).clone() for name in self.last_layer}
+        copies = repeat_weights({name: self.weights[name] for name in self.last_layer}, b)
+        leaves = {name: x.requires_grad_(True) for name, x in copies.items()}
+        parts = dict(zip(self._seen, features.detach().split(list(self._seen.values()), dim=2), strict=True))
         with torch.enable_grad():
-            leaves = {name: x.requires_grad_(True) for name, x in leaves.items()}
             weights = fold(leaves, self._factors)
-            parts = dict(zip((t for t, _ in self._seen), features.detach().split([c for _, c in self._seen], dim=2), strict=True))
-            energies = [read(r, weights, parts[r.layer]).sum() for r in self.tables.readouts if r.first in leaves]
+            energies = [read(r, weights, parts[r.layer]).sum() for r in self._last_readouts]
             gradients = torch.autograd.grad(torch.stack(energies).sum() * self.tables.scale, list(leaves.values()))
         return torch.cat([x.reshape(b, -1) for x in gradients], dim=1)
 

@@ -15,7 +15,7 @@ from bnn_driver.loops.chain_update import Learner
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.stacked import StackedPotential
 from bnn_driver.potential.subspace import SubspacePotential
-from bnn_driver.recipes import RECIPES
+from bnn_driver.recipes import DEFAULT, RECIPES
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Candidate:
         return GammaCalibration(c.a, c.b, c.forgetting)
 
 
-PUBLISHED, DEFAULT = "rensmeyer2026", "dispersed"
+PUBLISHED = "rensmeyer2026"
 CANDIDATES: dict[str, Candidate] = {
     "published": Candidate(PUBLISHED, source="Rensmeyer et al. 2026"),
     "default": Candidate(DEFAULT),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.bayes.update import update_chains
-from bnn_driver.loops.chain_update import Learner, TrainingLoss
+from bnn_driver.loops.chain_update import Learner, TrainingLoss, energy_offset, stack_frames
 from bnn_driver.loops.seeds import derive
 from bnn_driver.records import Frames, Generation, Label, LabelledFrame
 
@@ -48,10 +48,8 @@ def update_with_prior(
 ) -> tuple[Generation, bool]:
     """One update from the foundation weights, and whether it diverged.  Args: seen: frames without labels."""
     one = fine_tuning.start(learner, 1)
-    there = fine_tuning.predict(
-        learner, one, Frames(seen.numbers, np.concatenate([x.frame.positions for x in labels]), _cells(labels))
-    )
-    offset = float(labels[0].context["foundation_energy"] - labels[0].label.energy)
+    there = fine_tuning.predict(learner, one, stack_frames([x.frame for x in labels]))
+    offset = energy_offset(labels[0])
     force_error = np.array([x.label.forces for x in labels]) - there.mean_forces
     energy_error = np.array([x.label.energy + offset for x in labels]) - there.mean_energy
     wide = NoiseModel(
@@ -80,8 +78,3 @@ def update_with_prior(
         seeds,
     )  # type: ignore[arg-type]
     return Generation(1, {k: v.numpy() for k, v in learner.layout.views(theta).items()}, ()), report.diverged
-
-
-def _cells(labels: Sequence[LabelledFrame]) -> np.ndarray | None:
-    cells = [x.frame.cell for x in labels if x.frame.cell is not None]
-    return np.concatenate(cells) if cells else None

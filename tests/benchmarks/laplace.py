@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.linalg import cho_factor, cho_solve
 
-from bnn_driver.potential.graph import build_graph
+from bnn_driver.loops.distance import derivatives
 from bnn_driver.potential.stacked import StackedPotential
 from bnn_driver.records import Array, Frames
 
@@ -25,19 +24,10 @@ SCALES = tuple(10.0 ** np.arange(-3.0, 4.0, 0.5))
 """Prior sds that are tried."""
 
 
-def jacobian(potential: StackedPotential, frames: Frames, prefix: str = "readouts.") -> Array:
-    """Derivatives of energy and forces with respect to weights of these names at θ_0.  Returns: (B, 1 + 3A, D), eV and eV/Å."""
-    rows = 1 + 3 * len(frames.numbers)
-    found = []
-    for i in range(len(frames)):
-        graph = build_graph(frames[i], potential.cutoff, potential.dtype, potential.device, rounded=False)
-        leaves = {name: x.expand(rows, *x.shape).clone().requires_grad_(True) for name, x in potential.weights.items()}
-        result = potential.evaluate(leaves, graph, create_graph=True)
-        one_each = result.energy[0, 0] + result.forces[1:, 0].reshape(rows - 1, rows - 1).diagonal().sum()
-        chosen = [x for name, x in leaves.items() if name.startswith(prefix)]
-        gradients = torch.autograd.grad(one_each, chosen, materialize_grads=True)
-        found.append(torch.cat([x.reshape(rows, -1) for x in gradients], dim=1).double().numpy())
-    return np.array(found)
+def jacobian(potential: StackedPotential, frames: Frames) -> Array:
+    """Derivatives of energy and forces with respect to the last layer's weights at θ_0.  Returns: (B, 1 + 3A, D), eV and eV/Å."""
+    components = range(3 * len(frames.numbers))
+    return np.array([derivatives(potential, frames[i], components)[2].numpy() for i in range(len(frames))])
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,9 @@ def shuffled(pool: Known, seed: int) -> Known:
     return pool[np.random.default_rng(seed).permutation(len(pool))]
 
 
-def _spice(data: Path, numbers: Array) -> StackedPotential:
-    return make_potential(load_mace(data / SPICE).module, numbers, torch.float32, "cpu", "stacked")
+def stacked(model: Path, numbers: Array) -> StackedPotential:
+    """The fast path of a model file, float32, for these atoms."""
+    return make_potential(load_mace(model).module, numbers, torch.float32, "cpu", "stacked")
 
 
 def ethanol(data: Path, cache: Path) -> Shift:
@@ -118,7 +119,7 @@ def ethanol(data: Path, cache: Path) -> Shift:
         "modes": [read(folder / f"test_norm_mode_{n}.xyz") for n in (874, 3005)],
         "dimers": [known(atoms) for atoms in pairs.values()],
     }
-    return Shift("ethanol", _spice(data, pool.frames.numbers), pool, tests, 0.5 * KCAL, 1.0 * KCAL)
+    return Shift("ethanol", stacked(data / SPICE, pool.frames.numbers), pool, tests, 0.5 * KCAL, 1.0 * KCAL)
 
 
 def acetylacetone(data: Path, cache: Path) -> Shift:
@@ -131,7 +132,7 @@ def acetylacetone(data: Path, cache: Path) -> Shift:
         "H transfer": [read(folder / "test_H_transfer.xyz")],
         "dihedral": [read(folder / "test_dihedral.xyz")],
     }
-    return Shift("acetylacetone", _spice(data, pool.frames.numbers), pool, tests, 1.0 * KCAL, 1.0 * KCAL)
+    return Shift("acetylacetone", stacked(data / SPICE, pool.frames.numbers), pool, tests, 1.0 * KCAL, 1.0 * KCAL)
 
 
 def zundel(data: Path, cache: Path) -> Shift:
@@ -140,7 +141,7 @@ def zundel(data: Path, cache: Path) -> Shift:
     if file.exists():
         folder = data / "zundel_eigen_qbc"
         high = read(folder / "zundel_1000_rpbe-d3_aims.extxyz", energy="REF_energy", forces="REF_forces", charge=1)
-        potential = _spice(data, high.frames.numbers)
+        potential = stacked(data / SPICE, high.frames.numbers)
         with np.load(file) as kept:
             potential.weights = {name: torch.as_tensor(kept[name]) for name in potential.weights}
     else:
@@ -161,15 +162,14 @@ def carbonate(data: Path, cache: Path) -> Shift:
     drift = read(folder / "mace02_md_100_xtb.xyz", energy="energy_xtb", forces="forces_xtb")
     pool = known(atoms, "energy_xtb", "forces_xtb")
     tests = {"drift, first 40": [drift[:40]], "drift, last 60": [drift[40:]]}
-    return Shift("carbonate", _spice(data, pool.frames.numbers), pool, tests, 1.0 * KCAL, 1.0 * KCAL)
+    return Shift("carbonate", stacked(data / SPICE, pool.frames.numbers), pool, tests, 1.0 * KCAL, 1.0 * KCAL)
 
 
 def copper(data: Path, cache: Path) -> Shift:
     """A MACE of H2 on copper -> EMT: 8 atoms in strained cells."""
     pool = shaken_copper(150, 300.0, 0.02, 0)
     tests = {"300 K": [shaken_copper(80, 300.0, 0.02, 1)], "900 K": [shaken_copper(80, 900.0, 0.04, 2)]}
-    module = load_mace(data / COPPER).module
-    potential = make_potential(module, pool.frames.numbers, torch.float32, "cpu", "stacked")
+    potential = stacked(data / COPPER, pool.frames.numbers)
     return Shift("copper", potential, pool, tests, 0.1 * KCAL, 0.2 * KCAL)
 
 

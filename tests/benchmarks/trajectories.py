@@ -17,15 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import shifts
-import torch
 from ase import Atoms, units
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
-from shifts import KCAL, Known, read
+from shifts import KCAL, Known, read, stacked
 from tblite.ase import TBLite
 
-from bnn_driver.potential.factory import make_potential
-from bnn_driver.potential.mace import load_mace
 from bnn_driver.potential.stacked import StackedPotential
 from bnn_driver.records import Array, Frames
 
@@ -49,14 +46,10 @@ class Trajectory:
     """fs between frames; None: they are not neighbours in time."""
 
 
-def _small(data: Path, numbers: Array) -> StackedPotential:
-    return make_potential(load_mace(data / SMALL).module, numbers, torch.float32, "cpu", "stacked")
-
-
 def ethanol_pbe(data: Path, cache: Path, seed: int) -> Trajectory:
     """rMD17."""
     frames = shifts.shuffled(read(data / "ethanol_rmd17" / "train.xyz"), seed)
-    return Trajectory("ethanol PBE", _small(data, frames.frames.numbers), frames, 1.0 * KCAL, 3.0 * KCAL)
+    return Trajectory("ethanol PBE", stacked(data / SMALL, frames.frames.numbers), frames, 1.0 * KCAL, 3.0 * KCAL)
 
 
 def ethanol_dynamics(data: Path, cache: Path, seed: int) -> Trajectory:
@@ -68,7 +61,7 @@ def ethanol_dynamics(data: Path, cache: Path, seed: int) -> Trajectory:
         np.savez(file, **langevin(begin, "GFN1-xTB", 300.0, 10_000, 5, seed))
     with np.load(file) as kept:
         known = Known(Frames(kept["numbers"], kept["positions"]), kept["energy"], kept["forces"])
-    return Trajectory("ethanol", _small(data, known.frames.numbers), known, 0.5 * KCAL, 3.0 * KCAL, 5 * STEP)
+    return Trajectory("ethanol", stacked(data / SMALL, known.frames.numbers), known, 0.5 * KCAL, 3.0 * KCAL, 5 * STEP)
 
 
 def langevin(begin: Frames, method: str, temperature: float, steps: int, every: int, seed: int) -> dict[str, Array]:

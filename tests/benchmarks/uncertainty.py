@@ -67,7 +67,7 @@ def cases(options: argparse.Namespace) -> list[dict[str, Any]]:
                 shift = shift or SHIFTS[name](options.data, options.cache)
                 if n > len(shift.pool):
                     continue
-                found = [key | row for row in case(shift, CANDIDATES[candidate], n, seed, options)]
+                found = [key | row for row in case(shift, candidate, n, seed, options)]
                 options.cache.mkdir(parents=True, exist_ok=True)
                 with file.open("a") as out:
                     out.writelines(json.dumps(row) + "\n" for row in found)
@@ -82,14 +82,14 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def case(shift: Shift, candidate: Candidate, n: int, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one update: a test and a quantity each."""
+def case(shift: Shift, name: str, n: int, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one update: a test and a quantity each.  Args: name: of the candidate."""
+    candidate = CANDIDATES[name]
     own = {} if "steps_per_update" in candidate.keys else {"steps_per_update": options.steps}
     settings = candidate.settings(members=options.members, **own)
     learner = learner_of(shift.potential, settings, shift.accuracy, seed)
     pool = shuffled(shift.pool, seed)
-    base = next(name for name, c in CANDIDATES.items() if c is candidate) if not candidate.base else candidate.base
-    kept = options.cache / f"{shift.name}-{n}-{base}-{seed}-{options.steps}-{options.members}.npz"
+    kept = options.cache / f"{shift.name}-{n}-{candidate.base or name}-{seed}-{options.steps}-{options.members}.npz"
     begin = time.perf_counter()
     seen = pool[slice(n, n + 50)].frames if candidate.function_prior else None
     generation, offset, diverged = learnt(learner, pool, n, options.members, kept, seen)
@@ -218,10 +218,9 @@ def summary(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         groups.setdefault((row["labels"], row["candidate"], row["q"]), []).append(row)
     table = measure.Table(("labels", "candidate:<24", "q", "systems", *COLUMNS[5:]))
+    with_forces = {(row["system"], row["test"]) for row in rows if row["q"] == "F"}
     for (n, candidate, q), some in sorted(groups.items()):
-        main = [
-            row for row in some if any(r["test"] == row["test"] and r["q"] == "F" and r["system"] == row["system"] for r in rows)
-        ]
+        main = [row for row in some if (row["system"], row["test"]) in with_forces]
         systems = sorted({row["system"] for row in main})
         each = [[row for row in main if row["system"] == s] for s in systems]
         means = {c.partition(":")[0]: _mean([_mean([r.get(c.partition(":")[0]) for r in e]) for e in each]) for c in COLUMNS[5:]}

@@ -59,7 +59,7 @@ def test_slopes_from_features_are_the_derivatives_of_the_energy(layers: int, sam
     features = potential.evaluate({k: v[None] for k, v in potential.weights.items()}, graph).features[0]
     slopes = potential.energy_slopes(features)
     for i, item in enumerate(items):
-        energy, forces, rows = derivatives(potential, item, range(3 * len(frames.numbers)))
+        energy, forces, rows = derivatives(potential, item.frame, range(3 * len(frames.numbers)))
         assert torch.allclose(slopes[i], rows[0], rtol=1e-9, atol=1e-11)
         result = potential.evaluate({k: v[None] for k, v in potential.weights.items()}, graph)
         assert energy == pytest.approx(float(result.energy[0, i]), rel=1e-12)
@@ -69,7 +69,7 @@ def test_slopes_from_features_are_the_derivatives_of_the_energy(layers: int, sam
 def test_derivatives_of_forces_are_those_of_finite_differences() -> None:
     """Central, 1e-4 of a weight: errors 1e-8 of the largest."""
     potential, item = potential_of(), labels_of(molecules(1))[0]
-    _, _, rows = derivatives(potential, item, [0, 7])
+    _, _, rows = derivatives(potential, item.frame, [0, 7])
     graph = build_graph(item.frame, potential.cutoff, potential.dtype, potential.device)
     column = 0
     for name in potential.last_layer:
@@ -104,10 +104,10 @@ def exact_sd(potential: Potential, labels: list[LabelledFrame], frames: Frames) 
     """From all components of the forces and the derivatives of each frame."""
     sums = Sums.none(sum(potential.weights[name].numel() for name in potential.last_layer))
     for item in labels:
-        energy, forces, rows = derivatives(potential, item, range(item.label.forces.size))
+        energy, forces, rows = derivatives(potential, item.frame, range(item.label.forces.size))
         residual = torch.as_tensor(item.label.forces.ravel()) - forces
         sums = sums.with_label(rows[0], item.label.energy - energy, NOISE.energy_sd, rows[1:], residual, NOISE.force_base_sd, 1.0)
-    slopes = torch.stack([derivatives(potential, item, [])[2][0] for item in labels_of(frames)])
+    slopes = torch.stack([derivatives(potential, item.frame, [])[2][0] for item in labels_of(frames)])
     return sums.posterior().energy_sd(slopes).numpy()
 
 
