@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from fine_tuning import Labelled, as_labels, ethanol, make_learner, predict, row, start, zundel
+from fine_tuning import ethanol, make_learner, predict, row, start, zundel
+from known import Known
 
 from bnn_driver.loops.chain_update import Learner, update
 from bnn_driver.records import Generation, LabelledFrame
@@ -35,7 +36,7 @@ def with_settings(learner: Learner, steps: int, settling: float | None) -> Learn
 class Comparison:
     """Updates of the three kinds on one system, judged on one test set."""
 
-    def __init__(self, learner: Learner, settling: float, test: Labelled) -> None:
+    def __init__(self, learner: Learner, settling: float, test: Known) -> None:
         self.learner, self.settling, self.test = learner, settling, test
 
     def run(self, previous: dict[str, Generation], labels: Sequence[LabelledFrame]) -> dict[str, Generation]:
@@ -80,7 +81,7 @@ def main() -> None:
     learner = make_learner(potential, options.steps, 0.5, options.seed)
     origin = start(learner, options.members)
     first = float(predict(learner, start(learner, 1), train.frames[0]).mean_energy[0])
-    labels = as_labels(train[slice(0, max([options.begin + options.sequence, *options.labels]))], first)
+    labels = train[slice(0, max([options.begin + options.sequence, *options.labels]))].labels(first)
     comparison = Comparison(learner, options.settling, test)
     print(f"{options.system}: {options.members} members, at most {options.steps} steps, settling {options.settling}")
     print(f"{'':<26}" + "".join(f"{h:>8}" for h in HEADS[:-1]) + f"{HEADS[-1]:>9}{'T':>8}")

@@ -13,72 +13,30 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import ase.io
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu, spearmanr
+from known import SPICE, Known, read, stacked
 
 from bnn_driver.bayes.laplace import energy_sd
 from bnn_driver.bayes.likelihood import NoiseHead, NoiseModel
 from bnn_driver.bayes.minibatch import draw_chains
+from bnn_driver.bayes.scores import auroc, rank_correlation, rms_ratio
 from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
 from bnn_driver.loops.chain_update import Learner, TrainingLoss, update
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import Ensemble
-from bnn_driver.potential.factory import make_potential
-from bnn_driver.potential.mace import load_mace
 from bnn_driver.potential.stacked import StackedPotential
-from bnn_driver.records import Frames, Generation, Label, LabelledFrame, Prediction
+from bnn_driver.records import Frames, Generation, LabelledFrame, Prediction
 from bnn_driver.units import KCAL_PER_MOL
 
-MODEL = "models/mace_spice/MACE_SPICE_mace0316_float64.model"
 ACCURACY = 0.5 * KCAL_PER_MOL
 FORCE_NOISE = 0.1 * KCAL_PER_MOL
 CHUNK = 50
 """Frames per evaluation."""
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Frames with energies (B,) eV and forces (B, A, 3) eV/Å."""
-
-    frames: Frames
-    energy: np.ndarray
-    forces: np.ndarray
-
-    def __getitem__(self, rows: slice) -> Labelled:
-        return Labelled(self.frames[rows], self.energy[rows], self.forces[rows])
-
-
-def read(path: Path, energy: str, forces: str, rows: str = ":", charge: int = 0) -> Labelled:
-    """Labelled frames of one extxyz file."""
-    atoms = ase.io.read(path, rows)
-    numbers = atoms[0].numbers
-    positions = np.array([a.positions for a in atoms])
-
-    def energy_of(a: ase.Atoms) -> float:
-        return float(a.info[energy]) if energy in a.info else float(a.get_potential_energy())
-
-    def forces_of(a: ase.Atoms) -> np.ndarray:
-        return a.arrays[forces] if forces in a.arrays else a.get_forces()
-
-    frames = Frames(numbers, positions, None, charge)
-    return Labelled(frames, np.array([energy_of(a) for a in atoms]), np.array([forces_of(a) for a in atoms]))
-
-
-def as_labels(labelled: Labelled, foundation_energy: float) -> list[LabelledFrame]:
-    """Records as the trainer sees them; `foundation_energy` of the first frame fixes the offset."""
-    items = []
-    for i in range(len(labelled.energy)):
-        frame = labelled.frames[i]
-        name = frame.content_id("benchmark")
-        label = Label(float(labelled.energy[i]), labelled.forces[i], None, "file", "benchmark", name, "file")
-        items.append(LabelledFrame(frame, label, {"foundation_energy": foundation_energy}))
-    return items
 
 
 def make_learner(
@@ -105,17 +63,9 @@ def predict(learner: Learner, generation: Generation, frames: Frames) -> Predict
     return Prediction(*(np.concatenate([getattr(p, n) for p in parts], axis=1) for n in names))
 
 
-def errors(energy: np.ndarray, forces: np.ndarray, test: Labelled) -> tuple[float, float]:
+def errors(energy: np.ndarray, forces: np.ndarray, test: Known) -> tuple[float, float]:
     """Standard deviation of the energy error and rms of the force components, kcal/mol and kcal/mol/Å."""
     return np.std(energy - test.energy) / KCAL_PER_MOL, np.sqrt(np.mean((forces - test.forces) ** 2)) / KCAL_PER_MOL
-
-
-def auroc(error: np.ndarray, sd: np.ndarray, limit: float) -> float:
-    """Chance that a frame beyond the limit has a larger sd than one within."""
-    bad = error > limit
-    if bad.all() or not bad.any():
-        return float("nan")
-    return float(mannwhitneyu(sd[bad], sd[~bad]).statistic / (bad.sum() * (~bad).sum()))
 
 
 def adam(learner: Learner, labels: Sequence[LabelledFrame], steps: int, step_size: float = 1e-3) -> Generation:
@@ -136,26 +86,23 @@ def adam(learner: Learner, labels: Sequence[LabelledFrame], steps: int, step_siz
     return Generation(1, {k: v.detach().numpy() for k, v in (weights | fixed).items()}, ())
 
 
-def ethanol(data: Path) -> tuple[StackedPotential, Labelled, Labelled]:
+def ethanol(data: Path) -> tuple[StackedPotential, Known, Known]:
     """Foundation potential, labels and test set."""
     folder = data / "ethanol_rmd17"
-    train, test = read(folder / "train.xyz", "energy", "forces"), read(folder / "test_MD.xyz", "energy", "forces", ":200")
-    module = load_mace(data / MODEL).module
-    potential = make_potential(module, train.frames.numbers, torch.float32, "cpu", "stacked")
-    return potential, train, test
+    train, test = read(folder / "train.xyz"), read(folder / "test_MD.xyz", ":200")
+    return stacked(data / SPICE, train.frames.numbers), train, test
 
 
-def zundel(data: Path) -> tuple[StackedPotential, Labelled, Labelled]:
+def zundel(data: Path) -> tuple[StackedPotential, Known, Known]:
     """The same with a foundation that is made here: SPICE fine-tuned by Adam to DFTB3 on 800 frames."""
     folder = data / "zundel_eigen_qbc"
-    low = read(folder / "zundel_1000_dftb3.extxyz", "REF_energy", "REF_forces", charge=1)
-    high = read(folder / "zundel_1000_rpbe-d3_aims.extxyz", "REF_energy", "REF_forces", charge=1)
+    low = read(folder / "zundel_1000_dftb3.extxyz", ":", "REF_energy", "REF_forces", 1)
+    high = read(folder / "zundel_1000_rpbe-d3_aims.extxyz", ":", "REF_energy", "REF_forces", 1)
     order = np.random.default_rng(0).permutation(len(high.energy))
-    module = load_mace(data / MODEL).module
-    potential = make_potential(module, high.frames.numbers, torch.float32, "cpu", "stacked")
+    potential = stacked(data / SPICE, high.frames.numbers)
     learner = make_learner(potential, 1, 0.5, 0)
     train = low[order[:800]]
-    labels = as_labels(train, float(predict(learner, start(learner, 1), train.frames[0]).mean_energy[0]))
+    labels = train.labels(float(predict(learner, start(learner, 1), train.frames[0]).mean_energy[0]))
     tuned = adam(learner, labels, 4000)
     potential.weights = {k: torch.as_tensor(tuned.weights[k][0]) for k in potential.weights}
     rest = low[order[800:]]
@@ -168,7 +115,7 @@ def zundel(data: Path) -> tuple[StackedPotential, Labelled, Labelled]:
     return potential, high[order[:800]], high[order[800:]]
 
 
-def row(name: str, prediction: Prediction, test: Labelled, seconds: float) -> str:
+def row(name: str, prediction: Prediction, test: Known, seconds: float) -> str:
     """One line of the table."""
     energy, forces = errors(prediction.mean_energy, prediction.mean_forces, test)
     text = f"{name:<26}{energy:8.3f}{forces:8.3f}"
@@ -176,22 +123,21 @@ def row(name: str, prediction: Prediction, test: Labelled, seconds: float) -> st
     return text + f"{seconds:9.0f}"
 
 
-def trust(prediction: Prediction, test: Labelled) -> dict[str, float]:
+def trust(prediction: Prediction, test: Known) -> dict[str, float]:
     """How well the predictive sds tell the errors: rms of error over sd, rank correlation, AUROC, share within 1.96 sd."""
     error = prediction.mean_energy - test.energy
-    error = np.abs(error - error.mean()) / KCAL_PER_MOL
-    sd = prediction.energy_predictive_sd / KCAL_PER_MOL
-    f_error = np.abs(prediction.mean_forces - test.forces).ravel() / KCAL_PER_MOL
+    error, sd = (error - error.mean()) / KCAL_PER_MOL, prediction.energy_predictive_sd / KCAL_PER_MOL
+    f_error = (prediction.mean_forces - test.forces).ravel() / KCAL_PER_MOL
     f_sd = prediction.force_predictive_sd.ravel() / KCAL_PER_MOL
     return {
-        "z E": np.sqrt(np.mean((error / sd) ** 2)),
-        "z F": np.sqrt(np.mean((f_error / f_sd) ** 2)),
-        "rank E": spearmanr(error, sd).statistic,
-        "rank F": spearmanr(f_error, f_sd).statistic,
+        "z E": rms_ratio(error, sd),
+        "z F": rms_ratio(f_error, f_sd),
+        "rank E": rank_correlation(error, sd),
+        "rank F": rank_correlation(f_error, f_sd),
         "auc E": auroc(error, sd, 0.5),
         "auc F": auroc(f_error, f_sd, 1.0),
-        "cov E": np.mean(error < 1.96 * sd),
-        "cov F": np.mean(f_error < 1.96 * f_sd),
+        "cov E": float(np.mean(np.abs(error) < 1.96 * sd)),
+        "cov F": float(np.mean(np.abs(f_error) < 1.96 * f_sd)),
     }
 
 
@@ -219,7 +165,7 @@ def main() -> None:
     print(row("foundation", before, test, 0.0), flush=True)
     for n in options.labels:
         first = float(predict(learner, start(learner, 1), train.frames[0]).mean_energy[0])
-        labels = as_labels(train[slice(0, n)], first)
+        labels = train[slice(0, n)].labels(first)
         begin = time.perf_counter()
         tuned = adam(learner, labels, options.steps * options.updates)
         print(row(f"{n:>3} labels, Adam", predict(learner, tuned, test.frames), test, time.perf_counter() - begin), flush=True)

@@ -31,7 +31,7 @@ from candidates import CANDIDATES, learner_of
 from fine_tuning import start
 from scipy.stats import binom
 from shifts import KCAL
-from trajectories import TRAJECTORIES, Trajectory, conformer
+from trajectories import ACCURACY, TRAJECTORIES, Trajectory, conformer
 
 from bnn_driver.active.criteria import Calibration, EnergyCriterion, ForceCriterion
 from bnn_driver.active.policy import Policy
@@ -191,7 +191,7 @@ def runs(options: argparse.Namespace) -> None:
     """The table of labels and exceedance, and its sums over seeds."""
     table = measure.Table(COLUMNS)
     for name in options.trajectories:
-        accuracy = TRAJECTORIES[name](options.data, options.cache, options.seeds[0]).accuracy / KCAL
+        accuracy = ACCURACY[name]
         for candidate in options.candidates:
             each = []
             for seed in options.seeds:
@@ -212,7 +212,7 @@ def runs(options: argparse.Namespace) -> None:
 def early(options: argparse.Namespace) -> None:
     """The first thirty decisions: `A` asked and beyond, `a` asked, `.` served, `!` served though beyond, `*` first, `u` audit."""
     for name in options.trajectories:
-        accuracy = TRAJECTORIES[name](options.data, options.cache, options.seeds[0]).accuracy / KCAL
+        accuracy = ACCURACY[name]
         for candidate in options.candidates:
             wrong = served = 0
             for seed in options.seeds:
@@ -232,7 +232,7 @@ def screen(options: argparse.Namespace) -> None:
     """What other calibrations would have decided on the predictions of the replays, which stay those of the labels really learnt."""
     table = measure.Table(("trajectory:<12", "candidate:<24", "calibration:<16", "asked", "served", "beyond", "share:.3f"))
     for name in options.trajectories:
-        accuracy = TRAJECTORIES[name](options.data, options.cache, options.seeds[0]).accuracy / KCAL
+        accuracy = ACCURACY[name]
         for candidate in options.candidates:
             each = [replayed(name, candidate, seed, options)["records"] for seed in options.seeds]
             for kind, make in OTHERS.items():

@@ -16,10 +16,8 @@ them.  The frames are independent draws from a trajectory at 500 K: they come wi
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +26,18 @@ import fine_tuning
 import measure
 import numpy as np
 import torch
+from replay import Run, facts, run_through
+from trajectories import Trajectory
 
 from bnn_driver.active.criteria import EnergyCriterion
 from bnn_driver.active.policy import Policy
-from bnn_driver.bayes.calibration import GammaCalibration, clopper_pearson
+from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.loops.assembly import settle
-from bnn_driver.loops.chain_update import Learner, TrainingLoss, energy_offset, update
+from bnn_driver.loops.chain_update import Learner, TrainingLoss, update
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.stacked import StackedPotential
 from bnn_driver.potential.subspace import SubspacePotential
-from bnn_driver.records import Generation, LabelledFrame
 from bnn_driver.units import KCAL_PER_MOL
 
 MODES = ("all", "last-interaction", "readout")
@@ -126,7 +125,7 @@ def quality(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 start = fine_tuning.start(learner, options.members)
                 first = float(fine_tuning.predict(learner, start, train.frames[0]).mean_energy[0])
                 begin = time.perf_counter()
-                after, _ = update(learner, start, fine_tuning.as_labels(train[slice(0, n)], first), 0)
+                after, _ = update(learner, start, train[slice(0, n)].labels(first), 0)
                 seconds = time.perf_counter() - begin
                 found = fine_tuning.predict(learner, after, test.frames)
                 energy, forces = fine_tuning.errors(found.mean_energy, found.mean_forces, test)
@@ -153,59 +152,16 @@ def replay(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             restricted(whole, mode), steps, 0.5, 1, options.step_size, options.accuracy * KCAL_PER_MOL
         )
         begin = time.perf_counter()
-        row = stream_through(learner, stream, options.members, options.accuracy * KCAL_PER_MOL)
+        trajectory = Trajectory("ethanol", whole, stream, options.accuracy * KCAL_PER_MOL, np.inf)
+        policy = Policy((EnergyCriterion(trajectory.accuracy),), 0.95, 0.0)
+        run = Run(learner, trajectory, policy, options.members, 1, None)
+        records = run_through(run, {"energy": GammaCalibration(1.5, 10.0)})
+        row = facts(records, options.accuracy)
+        asked = [r["criterion"] != "none" for r in records]
+        row |= {"asked": sum(asked), "late": float(np.mean(asked[len(asked) * 2 // 3 :])), "discarded": row["diverged"]}
+        row["sd"] = float(np.mean([r["sd"] for r in records if r["criterion"] == "none"] or [np.nan]))
         table.add(measure.rounded({"sampled": mode, "steps": steps, **row, "s": time.perf_counter() - begin}))
     rows += table.rows
-
-
-def stream_through(learner: Learner, stream: fine_tuning.Labelled, members: int, accuracy: float) -> dict[str, Any]:
-    """Every frame predicted, judged, and either learnt or served."""
-    policy = Policy((EnergyCriterion(accuracy),), 0.95, 0.0)
-    calibrations = {"energy": GammaCalibration(1.5, 10.0)}
-    generation = fine_tuning.start(learner, members)
-    foundation = Ensemble(learner.potential, fine_tuning.start(learner, 1).weights, 0, learner.noise)
-    ensemble = Ensemble(learner.potential, generation.weights, 0, learner.noise)
-    labels: list[LabelledFrame] = []
-    asked, errors, sds, discarded = [], [], [], 0
-    for i, plain in enumerate(fine_tuning.as_labels(stream, 0.0)):
-        prediction = ensemble.predict(plain.frame)
-        (decision,) = policy.judge(prediction, plain.frame, calibrations, np.ones(1), first=not labels)
-        context = {
-            "criterion": decision.criterion, "generation": prediction.generation, "audit": False,
-            "predicted_energy": float(prediction.mean_energy[0]), "energy_predictive_sd": decision.energy_predictive_sd,
-            "foundation_energy": float(foundation.predict(plain.frame).mean_energy[0]),
-        }  # fmt: skip
-        item = replace(plain, context=context)
-        offset = energy_offset(labels[0] if labels else item)
-        if not decision.ask:
-            errors.append(policy.criteria[0].pair(item, offset)[0])
-            sds.append(decision.energy_predictive_sd)
-            continue
-        asked.append(i)
-        labels.append(item)
-        calibrations = policy.observe(calibrations, item, offset)
-        generation, lost = learnt(learner, generation, labels)
-        discarded += lost
-        ensemble.swap(generation.weights, generation.number)
-    beyond = int((np.abs(errors) >= accuracy).sum())
-    low, high = clopper_pearson(beyond, len(errors), 0.95)
-    third = len(stream.energy) * 2 // 3
-    return {
-        "asked": len(asked), "served": len(errors), "beyond": beyond, "share": beyond / max(1, len(errors)), "low": low, "high": high,
-        "late": float(np.mean([i in set(asked) for i in range(third, len(stream.energy))])),
-        "error": float(np.sqrt(np.mean(np.square(errors)))) / KCAL_PER_MOL if errors else None,
-        "sd": float(np.mean(sds)) / KCAL_PER_MOL if sds else None,
-        "inflation": calibrations["energy"].inflation, "discarded": discarded,
-    }  # fmt: skip
-
-
-def learnt(learner: Learner, previous: Generation, labels: list[LabelledFrame]) -> tuple[Generation, int]:
-    """The next generation, and 1 when both attempts diverged and the old weights stay."""
-    for attempt in range(2):
-        generation, report = update(learner, previous, labels, attempt)
-        if not report.diverged:
-            return generation, 0
-    return replace(copy.copy(previous), label_ids=tuple(x.label.frame_id for x in labels)), 1
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ import shifts
 from ase import Atoms, units
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
-from shifts import KCAL, Known, read, stacked
+from known import Known, read, shuffled, stacked
+from shifts import KCAL
 from tblite.ase import TBLite
 
 from bnn_driver.potential.stacked import StackedPotential
@@ -29,6 +30,8 @@ from bnn_driver.records import Array, Frames
 SMALL = "models/mace_spice/organic10_16ch_mace0316_float64.model"
 STEP = 1.0
 """fs."""
+ACCURACY = {"ethanol PBE": 1.0, "ethanol": 0.5, "zundel": 0.5, "carbonate": 2.0, "copper": 0.5}
+"""kcal/mol, of the total energy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +51,10 @@ class Trajectory:
 
 def ethanol_pbe(data: Path, cache: Path, seed: int) -> Trajectory:
     """rMD17."""
-    frames = shifts.shuffled(read(data / "ethanol_rmd17" / "train.xyz"), seed)
-    return Trajectory("ethanol PBE", stacked(data / SMALL, frames.frames.numbers), frames, 1.0 * KCAL, 3.0 * KCAL)
+    frames = shuffled(read(data / "ethanol_rmd17" / "train.xyz"), seed)
+    return Trajectory(
+        "ethanol PBE", stacked(data / SMALL, frames.frames.numbers), frames, ACCURACY["ethanol PBE"] * KCAL, 3.0 * KCAL
+    )
 
 
 def ethanol_dynamics(data: Path, cache: Path, seed: int) -> Trajectory:
@@ -61,7 +66,9 @@ def ethanol_dynamics(data: Path, cache: Path, seed: int) -> Trajectory:
         np.savez(file, **langevin(begin, "GFN1-xTB", 300.0, 10_000, 5, seed))
     with np.load(file) as kept:
         known = Known(Frames(kept["numbers"], kept["positions"]), kept["energy"], kept["forces"])
-    return Trajectory("ethanol", stacked(data / SMALL, known.frames.numbers), known, 0.5 * KCAL, 3.0 * KCAL, 5 * STEP)
+    return Trajectory(
+        "ethanol", stacked(data / SMALL, known.frames.numbers), known, ACCURACY["ethanol"] * KCAL, 3.0 * KCAL, 5 * STEP
+    )
 
 
 def langevin(begin: Frames, method: str, temperature: float, steps: int, every: int, seed: int) -> dict[str, Array]:
@@ -82,14 +89,14 @@ def langevin(begin: Frames, method: str, temperature: float, steps: int, every: 
 def zundel(data: Path, cache: Path, seed: int) -> Trajectory:
     """Frames of the pool in another order for each seed."""
     shift = shifts.zundel(data, cache)
-    return Trajectory("zundel", shift.potential, shifts.shuffled(shift.pool, seed), 0.5 * KCAL, 3.0 * KCAL)
+    return Trajectory("zundel", shift.potential, shuffled(shift.pool, seed), ACCURACY["zundel"] * KCAL, 3.0 * KCAL)
 
 
 def carbonate(data: Path, cache: Path, seed: int) -> Trajectory:
     """The drifting trajectory; the seed changes the chains only."""
     folder = data / "solvent_xtb"
     drift = read(folder / "mace02_md_100_xtb.xyz", energy="energy_xtb", forces="forces_xtb")
-    return Trajectory("carbonate", shifts.carbonate(data, cache).potential, drift, 2.0 * KCAL, 5.0 * KCAL)
+    return Trajectory("carbonate", shifts.carbonate(data, cache).potential, drift, ACCURACY["carbonate"] * KCAL, 5.0 * KCAL)
 
 
 def copper(data: Path, cache: Path, seed: int) -> Trajectory:
@@ -98,7 +105,7 @@ def copper(data: Path, cache: Path, seed: int) -> Trajectory:
     a, b = parts
     frames = Frames(a.frames.numbers, _both(a.frames.positions, b.frames.positions), _both(a.frames.cell, b.frames.cell))
     known = Known(frames, _both(a.energy, b.energy), _both(a.forces, b.forces), _both(a.stress, b.stress))
-    return Trajectory("copper", shifts.copper(data, cache).potential, known, 0.5 * KCAL, 2.0 * KCAL)
+    return Trajectory("copper", shifts.copper(data, cache).potential, known, ACCURACY["copper"] * KCAL, 2.0 * KCAL)
 
 
 def _both(a: Array | None, b: Array | None) -> Array:

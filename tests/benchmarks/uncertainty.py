@@ -26,11 +26,13 @@ import numpy as np
 from candidates import CANDIDATES, Candidate, learner_of
 from fine_tuning import predict, start
 from function_prior import update_with_prior
-from laplace import Laplace, jacobian
-from shifts import KCAL, SHIFTS, Known, Shift, shuffled
+from known import Known, shuffled
+from laplace import fit, jacobian, sds
+from shifts import KCAL, SHIFTS, Shift
 
 from bnn_driver.active.criteria import EnergyCriterion, ForceCriterion
 from bnn_driver.bayes.calibration import GammaCalibration
+from bnn_driver.bayes.laplace import LastLayer
 from bnn_driver.bayes.scores import coverage, reliability, scores
 from bnn_driver.loops.assembly import make_distances, settle
 from bnn_driver.loops.chain_update import Learner, energy_offset, update
@@ -142,7 +144,7 @@ class Believer:
     learner: Learner
     generation: Generation
     sds: str
-    laplace: Laplace | None
+    laplace: LastLayer | None
 
     @classmethod
     def of(
@@ -155,7 +157,7 @@ class Believer:
         b = len(labels)
         residual = np.c_[labels.energy + offset - found.mean_energy, (labels.forces - found.mean_forces).reshape(b, -1)]
         slopes = jacobian(shift.potential, labels.frames)
-        fitted = Laplace.fit(slopes, residual, learner.noise.energy_sd, learner.noise.force_base_sd)
+        fitted = fit(slopes, residual, learner.noise.energy_sd, learner.noise.force_base_sd)
         return cls(learner, generation, candidate.sds, fitted)
 
     def __call__(self, frames: Frames) -> tuple[Prediction, Array, Array]:
@@ -163,7 +165,7 @@ class Believer:
         p = predict(self.learner, self.generation, frames)
         if self.laplace is None:
             return p, p.energy_predictive_sd, p.force_predictive_sd
-        energy, force = self.laplace.sds(jacobian(self.learner.potential, frames))
+        energy, force = sds(self.laplace, jacobian(self.learner.potential, frames))
         noise = self.learner.noise
         if self.sds == "laplace":
             return p, np.hypot(energy, noise.energy_sd), np.hypot(force, noise.force_base_sd)

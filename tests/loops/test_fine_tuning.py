@@ -26,7 +26,7 @@ def test_held_out_errors_fall_from_one_to_ten_to_fifty_labels(shared_data: Path)
     table = [benchmark.errors(before.mean_energy, before.mean_forces, test)]
     offset = float(benchmark.predict(learner, benchmark.start(learner, 1), train.frames[0]).mean_energy[0])
     for n in (1, 10, 50):
-        labels = benchmark.as_labels(train[slice(0, n)], offset)
+        labels = train[slice(0, n)].labels(offset)
         after, report = update(learner, benchmark.start(learner, 2), labels, 0)
         assert not report.diverged
         prediction = benchmark.predict(learner, after, test.frames)
