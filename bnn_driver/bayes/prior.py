@@ -4,6 +4,10 @@ Own centres θ_0 + dispersion · ξ_m make the chains an anchored ensemble: for 
 and whose labels carry drawn noise, the maxima of the M posteriors are exact samples of the one posterior (Pearce, Leibfried,
 Brintrup 2020, arXiv:1810.05546; Osband, Aslanides, Cassirer 2018, arXiv:1806.03335).  Here the centres spread the chains along the
 weights that few labels do not fix, which no chain of a few thousand steps reaches from a common start.
+
+The draws ξ_m have their mean over the chains removed.  Where the potential is linear in its weights, the mean of the chains is then
+the maximum around θ_0 itself, to rounding and for two chains already, instead of that plus 1/M of the variance of the centres; the
+sample covariance (divisor M - 1) does not see a common shift and stays unbiased.
 """
 
 from __future__ import annotations
@@ -45,15 +49,22 @@ class GaussianPrior:
 
 
 def dispersed(prior: GaussianPrior, dispersion: Tensor, seeds: Sequence[int]) -> GaussianPrior:
-    """The prior with centres centre + dispersion · ξ_m, ξ_m ~ N(0, 1), one per seed.
+    """The prior with centres centre + dispersion · (ξ_m - mean of ξ over the chains), ξ_m ~ N(0, 1), one per seed.
 
-    Args: prior: with one centre (D,).   dispersion: (D,) >= 0.   seeds: M; a centre depends on its own seed alone, on every device.
+    Args: prior: with one centre (D,).   dispersion: (D,) >= 0.   seeds: M; the centres depend on them alone, on every device.
     """
     centres = prior.centre.repeat(len(seeds), 1)
+    mean = torch.zeros(len(prior.centre), dtype=torch.float64)
+    for seed in seeds:  # drawn twice rather than kept: M draws of a large model are much memory
+        mean += _draw(len(mean), seed) / len(seeds)
     for row, seed in zip(centres, seeds, strict=True):
-        draw = torch.randn(len(row), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        row += (dispersion.double() * draw).to(row)
+        row += (dispersion.double() * (_draw(len(row), seed) - mean)).to(row)
     return GaussianPrior(centres, prior.sd)
+
+
+def _draw(size: int, seed: int) -> Tensor:
+    """(D,) standard normal, on the CPU."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def group_sds(sizes: Mapping[str, int], groups: Mapping[str, float], default: float) -> Tensor:

@@ -58,9 +58,32 @@ def test_maxima_around_dispersed_centres_are_samples_of_the_posterior() -> None:
     assert ((covariance - exact) / scale).abs().max() < 5
 
 
-def test_a_centre_depends_on_its_own_seed_alone_and_density_and_gradient_on_the_row() -> None:
+def test_the_mean_of_two_dispersed_chains_is_already_the_maximum() -> None:
+    """Linear model: to rounding, where independent centres leave sd²/2; the sample covariance over many pairs is the exact one.
+
+    20 000 pairs: 5 standard errors of a covariance from pairs, sqrt((Σ_ii Σ_jj + Σ_ij²)/n).
+    """
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    y, noise, pairs = torch.tensor([0.4, -1.0], dtype=torch.float64), 0.3, 20_000
+    inverse = torch.linalg.inv(torch.diag(PRIOR.sd**-2) + x.T @ x / noise**2)
+    best = inverse @ (PRIOR.centre / PRIOR.sd**2 + x.T @ y / noise**2)
+    covariance = torch.zeros(3, 3, dtype=torch.float64)
+    for k in range(pairs):
+        centres = dispersed(PRIOR, PRIOR.sd, (2 * k, 2 * k + 1)).centre
+        found = (centres / PRIOR.sd**2 + y @ x / noise**2) @ inverse
+        if k < 10:
+            assert torch.allclose(found.mean(0), best, rtol=1e-12, atol=1e-14)
+        covariance += torch.cov(found.T) / pairs
+    expected = inverse @ torch.diag(PRIOR.sd**-2) @ inverse
+    scale = ((expected.diagonal()[:, None] * expected.diagonal() + expected**2) / pairs).sqrt()
+    assert ((covariance - expected) / scale).abs().max() < 5
+
+
+def test_centres_depend_on_the_seeds_alone_and_density_and_gradient_on_the_row() -> None:
     few, many = (dispersed(PRIOR, torch.tensor([0.1, 0.0, 0.2]), seeds) for seeds in ([5, 6], [4, 5, 6, 7]))
-    assert torch.equal(few.centre, many.centre[1:3])
+    assert torch.allclose(few.centre[1] - few.centre[0], many.centre[2] - many.centre[1], rtol=1e-12)
+    assert torch.allclose(many.centre.mean(0), PRIOR.centre, rtol=1e-15)
+    assert not torch.equal(many.centre[0], many.centre[1])
     assert torch.equal(many.centre[:, 1], PRIOR.centre[1].expand(4)), "no dispersion, no move"
     for m in range(4):
         alone = GaussianPrior(many.centre[m], PRIOR.sd)
