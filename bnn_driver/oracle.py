@@ -64,7 +64,8 @@ class Limits:
 class Oracle(Protocol):
     """What every file in `oracles/` provides; the fields of the dataclass are the keys of the table [oracle.KIND].
 
-    A field that carries a unit declares its kind, `field(default=..., metadata={"quantity": "force"})`, and is given as a string.
+    A field that carries a unit declares its kind, `field(default=..., metadata={"quantity": "force"})`, and is given as a string;
+    a file or folder, named relative to the config file, declares `metadata={"path": True}`.
     """
 
     @property
@@ -89,6 +90,20 @@ def fingerprint(oracle: Oracle) -> str:
     """SHA-256 of the canonical JSON of the oracle's class and physics, 64 hex digits."""
     facts = {"class": type(oracle).__name__, "physics": oracle.physics()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def absolute_paths(kind: str, settings: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The settings with files and folders absolute, so that they mean the same in every process.
+
+    Args: kind, settings: as for `load_oracle`, which reports what is wrong with them.   base: folder of the config file.
+    """
+    points = [point for point in importlib.metadata.entry_points(group=GROUP) if point.name == kind]
+    try:
+        fields = dataclasses.fields(points[0].load()) if points else ()
+    except (ImportError, AttributeError):
+        return settings
+    paths = {f.name for f in fields if f.metadata.get("path") and isinstance(settings.get(f.name), str)}
+    return settings | {name: str(base / Path(settings[name]).expanduser()) for name in paths}
 
 
 def load_oracle(kind: str, settings: dict[str, Any]) -> Oracle:
