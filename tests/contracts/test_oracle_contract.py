@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,7 @@ class Subject:
     """Other values of settings that do not."""
 
     def oracle(self, **changes: Any) -> Oracle:
-        pytest.importorskip(self.kind) if self.kind != "toy" else None
+        pytest.importorskip({"toy": "numpy", "socket": "tblite"}.get(self.kind, self.kind))
         return load_oracle(self.kind, self.settings | changes)
 
 
@@ -73,10 +75,23 @@ PYSCF = Subject(
      "conv_tol": "1e-8 hartree", "conv_tol_grad": 1e-5},
     {"max_cycle": 100, "stability": "always", "small_gap": "1 eV", "max_memory": 2000},
 )  # fmt: skip
+# tblite behind ASE's i-PI client, in a process of its own
+SOCKET = Subject(
+    "socket",
+    {"command": f"{sys.executable} client.py {{socket}}", "code": "socket tblite", "converged": "stdout.log: charges converged",
+     "folder": str(Path(__file__).parents[1] / "oracles" / "inputs" / "tblite"), "templates": ["settings.json", "start.xyz"],
+     "box": "0 A", "periodic": True, "stress": True, "environment": {"OMP_NUM_THREADS": "1"}},
+    1e-3, 2e-4, 1e-5,
+    {"code": "socket other", "command": "client.py {path}", "templates": ["start.xyz"], "box": "30 A", "net_force": "1e-3 eV/A",
+     "stress": False},
+    {"launcher": "env", "failed": "stdout.log: no", "lines_per_frame": 2, "restart_every": 7, "frame_timeout": "1 min",
+     "connect_timeout": "1 min", "evidence_timeout": "1 s", "socket_prefix": "/tmp/x", "environment": {}},
+)  # fmt: skip
 
 
-@pytest.fixture(params=[TOY, TBLITE, pytest.param(PYSCF, marks=pytest.mark.dft)], ids=lambda s: s.kind)
-def subject(request: pytest.FixtureRequest) -> Subject:
+@pytest.fixture(params=[TOY, TBLITE, SOCKET, pytest.param(PYSCF, marks=pytest.mark.dft)], ids=lambda s: s.kind)
+def subject(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    monkeypatch.chdir(tmp_path)
     return request.param
 
 
@@ -173,7 +188,7 @@ def test_forces_turn_with_the_molecule(subject: Subject, matrix: Array, shift: f
 def test_the_charge_reaches_the_code(subject: Subject) -> None:
     oracle, neutral = subject.oracle(), replace(ZUNDEL, charge=0)
     charged = energy(oracle, ZUNDEL)
-    if subject.kind == "toy":
+    if subject.kind in ("toy", "socket"):  # ASE's interface to tblite takes half electrons
         assert abs(energy(oracle, neutral) - charged) > 1e-3
         return
     with pytest.raises(OracleConfigError, match="multiplicity"):  # an odd number of electrons
@@ -240,6 +255,7 @@ def test_the_fingerprint_of_a_default_is_that_of_its_value_spelt_out(subject: Su
         "toy": {"depth": "3 eV"},
         "tblite": {"electronic_temperature": "300 K"},
         "pyscf": {"conv_tol": "1e-10 hartree"},
+        "socket": {"net_force": "0 eV/A", "restart_every": 500},
     }[subject.kind]
     assert fingerprint(subject.oracle(**spelt)) == fingerprint(subject.oracle())
 
