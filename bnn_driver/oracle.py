@@ -65,6 +65,7 @@ class Oracle(Protocol):
     """What every file in `oracles/` provides; the fields of the dataclass are the keys of the table [oracle.KIND].
 
     A field that carries a unit declares its kind, `field(default=..., metadata={"quantity": "force"})`, and is given as a string.
+    One that names a file says so, `metadata={"path": True}`: in the config it is relative to that, see `located`.
     """
 
     @property
@@ -97,17 +98,7 @@ def load_oracle(kind: str, settings: dict[str, Any]) -> Oracle:
     Args: kind: name of an entry point of the group bnn_driver.oracles.   settings: as read from TOML.
     Raises: ConfigError for an unknown kind or key, a missing key, a value of a wrong type; EnvironmentProblem if it has no code.
     """
-    found = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
-    if kind not in found:
-        known = f"installed are {', '.join(sorted(found)) or 'none'}"
-        raise ConfigError(f"[oracle] kind = {kind!r} is unknown{_nearest(kind, list(found))}; {known}")
-    try:
-        cls = found[kind].load()
-    except (ImportError, AttributeError) as error:
-        where = f"{found[kind].value}"
-        raise EnvironmentProblem(
-            f"oracle {kind!r} cannot be imported from {where}: {error}; reinstall the package that provides it"
-        ) from error
+    cls = _class_of(kind)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in settings:
         if key not in fields:
@@ -120,6 +111,34 @@ def load_oracle(kind: str, settings: dict[str, Any]) -> Oracle:
     hints = get_type_hints(cls)
     oracle: Oracle = cls(**{key: _setting(kind, fields[key], hints[key], value) for key, value in settings.items()})
     return oracle
+
+
+def located(kind: str, settings: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The settings with absolute paths, which hold in every process, for files that lie relative to `base`.
+
+    Raises: as `load_oracle` for the kind.   A text that names no file there stays: it may be a name that the oracle knows.
+    """
+    named = {f.name for f in dataclasses.fields(_class_of(kind)) if f.metadata.get("path")}
+    return {
+        key: str((base / value).resolve())
+        if key in named and isinstance(value, str) and value and (base / value).exists()
+        else value
+        for key, value in settings.items()
+    }
+
+
+def _class_of(kind: str) -> type[Any]:
+    found = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    if kind not in found:
+        known = f"installed are {', '.join(sorted(found)) or 'none'}"
+        raise ConfigError(f"[oracle] kind = {kind!r} is unknown{_nearest(kind, list(found))}; {known}")
+    try:
+        return found[kind].load()
+    except (ImportError, AttributeError) as error:
+        where = f"{found[kind].value}"
+        raise EnvironmentProblem(
+            f"oracle {kind!r} cannot be imported from {where}: {error}; reinstall the package that provides it"
+        ) from error
 
 
 def _setting(kind: str, item: dataclasses.Field[Any], hint: Any, value: object) -> object:
@@ -166,9 +185,18 @@ def check_frame(oracle: Oracle, frame: Frames, limits: Limits) -> None:
 
     Raises: OracleConfigError if it is beyond the capabilities; GeometryRejected if it is not finite or two atoms are too close.
     """
-    able, code = oracle.capabilities, oracle.code
     if len(frame) != 1:
-        raise OracleConfigError(f"{code}: an oracle labels one frame, but a batch of {len(frame)} came; pass frames[i]")
+        raise OracleConfigError(f"{oracle.code}: an oracle labels one frame, but a batch of {len(frame)} came; pass frames[i]")
+    check_capabilities(oracle, frame)
+    cell = np.zeros(0) if frame.cell is None else frame.cell
+    if not (np.isfinite(frame.positions).all() and np.isfinite(cell).all()):
+        raise GeometryRejected("positions or cell are not finite: the simulation has exploded; reduce its time step")
+    _check_distances(frame, limits)
+
+
+def check_capabilities(oracle: Oracle, frame: Frames) -> None:
+    """Refuse a frame that the oracle says it cannot label.  Raises: OracleConfigError naming cell, charge or multiplicity."""
+    able, code = oracle.capabilities, oracle.code
     if frame.periodic and not able.periodic:
         raise OracleConfigError(
             f"{code} labels molecules only, but the frame has a cell; set [system] periodic = false or use another oracle"
@@ -179,10 +207,6 @@ def check_frame(oracle: Oracle, frame: Frames, limits: Limits) -> None:
         raise OracleConfigError(
             f"{code} knows multiplicity 1 only, but {frame.multiplicity} came; use another oracle or other settings"
         )
-    cell = np.zeros(0) if frame.cell is None else frame.cell
-    if not (np.isfinite(frame.positions).all() and np.isfinite(cell).all()):
-        raise GeometryRejected("positions or cell are not finite: the simulation has exploded; reduce its time step")
-    _check_distances(frame, limits)
 
 
 def _check_distances(frame: Frames, limits: Limits) -> None:

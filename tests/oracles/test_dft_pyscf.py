@@ -90,7 +90,7 @@ def test_triplet_oxygen_lies_below_the_closed_shell() -> None:
         ({"auxiliary_basis": "nonsense"}, water(), "no auxiliary_basis"),
         ({}, water(charge=1), "multiplicity 1"),
         ({"method": "uks"}, water(multiplicity=2), "multiplicity 2"),
-        ({}, water(multiplicity=3), "multiplicity 3"),
+        ({}, water(multiplicity=3), "multiplicity 1 only, but 3"),
     ],
 )
 def test_settings_that_can_never_work_are_refused_by_the_check(settings: dict[str, Any], frame: Frames, expected: str) -> None:
