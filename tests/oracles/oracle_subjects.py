@@ -132,4 +132,13 @@ CANDID = Subject(
     unconverged={"arguments": {"converges": False}},
     elsewhere=_ASE_TBLITE,
 )  # fmt: skip
-SUBJECTS = [TOY, TBLITE, PYSCF, ASE_TBLITE, EMT, CANDID]
+MODEL = Subject(
+    "model", "model", {"model": "embedded"}, 1e-3, 2e-4, 1e-9,
+    physics={"dtype": "float32", "head": "Default"},
+    mechanics={"delay": "1 ms", "device": "cuda"},
+    spelt={"dtype": "float64"},
+    atom=8,
+    needs="mace",
+)  # fmt: skip
+
+SUBJECTS = [TOY, TBLITE, PYSCF, ASE_TBLITE, EMT, CANDID, MODEL]
