@@ -64,7 +64,8 @@ class Limits:
 class Oracle(Protocol):
     """What every file in `oracles/` provides; the fields of the dataclass are the keys of the table [oracle.KIND].
 
-    A field that carries a unit declares its kind, `field(default=..., metadata={"quantity": "force"})`, and is given as a string.
+    A field that carries a unit declares its kind, `field(default=..., metadata={"quantity": "force"})`, and is given as a string;
+    one that is a path declares {"path": True}, and is seen from the folder of the config file.
     """
 
     @property
@@ -97,17 +98,7 @@ def load_oracle(kind: str, settings: dict[str, Any]) -> Oracle:
     Args: kind: name of an entry point of the group bnn_driver.oracles.   settings: as read from TOML.
     Raises: ConfigError for an unknown kind or key, a missing key, a value of a wrong type; EnvironmentProblem if it has no code.
     """
-    found = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
-    if kind not in found:
-        known = f"installed are {', '.join(sorted(found)) or 'none'}"
-        raise ConfigError(f"[oracle] kind = {kind!r} is unknown{_nearest(kind, list(found))}; {known}")
-    try:
-        cls = found[kind].load()
-    except (ImportError, AttributeError) as error:
-        where = f"{found[kind].value}"
-        raise EnvironmentProblem(
-            f"oracle {kind!r} cannot be imported from {where}: {error}; reinstall the package that provides it"
-        ) from error
+    cls = _oracle_class(kind)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in settings:
         if key not in fields:
@@ -120,6 +111,32 @@ def load_oracle(kind: str, settings: dict[str, Any]) -> Oracle:
     hints = get_type_hints(cls)
     oracle: Oracle = cls(**{key: _setting(kind, fields[key], hints[key], value) for key, value in settings.items()})
     return oracle
+
+
+def absolute_paths(kind: str, settings: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The settings with each field that is a path (metadata {"path": True}) seen from a folder; workers run in folders of their own.
+
+    Args: base: folder of the config file.   Raises: ConfigError or EnvironmentProblem, as `load_oracle`.
+    """
+    paths = {f.name for f in dataclasses.fields(_oracle_class(kind)) if f.metadata.get("path")}
+    return {
+        key: str((base / Path(value).expanduser()).absolute()) if key in paths and isinstance(value, str) and value else value
+        for key, value in settings.items()
+    }
+
+
+def _oracle_class(kind: str) -> Any:
+    found = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    if kind not in found:
+        known = f"installed are {', '.join(sorted(found)) or 'none'}"
+        raise ConfigError(f"[oracle] kind = {kind!r} is unknown{_nearest(kind, list(found))}; {known}")
+    try:
+        return found[kind].load()
+    except (ImportError, AttributeError) as error:
+        where = f"{found[kind].value}"
+        raise EnvironmentProblem(
+            f"oracle {kind!r} cannot be imported from {where}: {error}; reinstall the package that provides it"
+        ) from error
 
 
 def _setting(kind: str, item: dataclasses.Field[Any], hint: Any, value: object) -> object:

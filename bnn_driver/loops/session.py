@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from bnn_driver.loops.driver import Driver, DriverSettings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.trainer import TrainerProcess
-from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle, read_done
+from bnn_driver.oracle import Limits, Oracle, absolute_paths, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
@@ -114,7 +115,7 @@ def check_session(config_file: Path) -> str:
     config, base = read_config(config_file), config_file.absolute().parent
     settle(config.potential.threads)
     frames, ipi_input = read_system(config, base)
-    oracle = load_oracle(config.oracle.kind, config.oracle.options)
+    oracle = load_oracle(config.oracle.kind, absolute_paths(config.oracle.kind, config.oracle.options, base))
     oracle.check(frames)
     make_policy(config, frames.numbers, 0.0)
     model = load_model(config, base, frames.numbers, config.potential.device)
@@ -195,7 +196,8 @@ def _open(
 ) -> Iterator[Session]:
     """All parts but i-PI, warm and ready; stopped when the context ends."""
     settle(config.potential.threads)
-    oracle = load_oracle(config.oracle.kind, config.oracle.options)
+    options = absolute_paths(config.oracle.kind, config.oracle.options, config_file.absolute().parent)
+    oracle = load_oracle(config.oracle.kind, options)
     oracle.check(frames)
     promise = make_policy(config, frames.numbers, _audit_probability(config, ipi_input))
     model = load_model(config, config_file.absolute().parent, frames.numbers, config.potential.device)
@@ -212,7 +214,7 @@ def _open(
         trainer = TrainerProcess(run, config.trainer.threads)
         trainer.begin()
         stack.callback(trainer.stop)
-        labelling = _labelling(config, run, oracle, stack)
+        labelling = _labelling(config, options, run, oracle, stack)
         progress = Progress(ipi_input.total_steps if ipi_input else None, done)
         driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress)
         driver.announce_missing(announced)
@@ -221,11 +223,11 @@ def _open(
         yield Session(driver, events, progress, config.oracle.timeout, config.oracle.workers)
 
 
-def _labelling(config: Config, run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
+def _labelling(config: Config, options: dict[str, Any], run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
     o = config.oracle
     spool = run.oracle_dir / "spool"
     limits = Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
-    executor = LocalExecutor(o.kind, o.options, o.workers, o.timeout, run.oracle_dir / "work", o.threads, spool, limits=limits)
+    executor = LocalExecutor(o.kind, options, o.workers, o.timeout, run.oracle_dir / "work", o.threads, spool, limits=limits)
     stack.callback(executor.shutdown, wait=False)
     name = fingerprint(oracle)
     labelling = Labelling(LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, o.max_labels)
