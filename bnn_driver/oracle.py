@@ -64,8 +64,8 @@ class Limits:
 class Oracle(Protocol):
     """What every file in `oracles/` provides; the fields of the dataclass are the keys of the table [oracle.KIND].
 
-    A field that carries a unit declares its kind, `field(default=..., metadata={"quantity": "force"})`, and is given as a string.
-    One that names a file says so, `metadata={"path": True}`: in the config it is relative to that, see `located`.
+    A field that carries a unit declares its kind, `field(default=..., metadata={"quantity": "force"})`, and is given as a string;
+    one that is a path declares {"path": True}, and is seen from the folder of the config file, but for what {"names": (...)} lists.
     """
 
     @property
@@ -98,7 +98,7 @@ def load_oracle(kind: str, settings: dict[str, Any]) -> Oracle:
     Args: kind: name of an entry point of the group bnn_driver.oracles.   settings: as read from TOML.
     Raises: ConfigError for an unknown kind or key, a missing key, a value of a wrong type; EnvironmentProblem if it has no code.
     """
-    cls = _class_of(kind)
+    cls = _oracle_class(kind)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in settings:
         if key not in fields:
@@ -113,21 +113,22 @@ def load_oracle(kind: str, settings: dict[str, Any]) -> Oracle:
     return oracle
 
 
-def located(kind: str, settings: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The settings with absolute paths, which hold in every process, for files that lie relative to `base`.
+def absolute_paths(kind: str, settings: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The settings with each field that is a path (metadata {"path": True}) seen from a folder; workers run in folders of their own.
 
-    Raises: as `load_oracle` for the kind.   A text that names no file there stays: it may be a name that the oracle knows.
+    Args: base: folder of the config file.   Raises: ConfigError or EnvironmentProblem, as `load_oracle`.
     """
-    named = {f.name for f in dataclasses.fields(_class_of(kind)) if f.metadata.get("path")}
+    paths = {f.name: f.metadata.get("names", ()) for f in dataclasses.fields(_oracle_class(kind)) if f.metadata.get("path")}
     return {
-        key: str((base / value).resolve())
-        if key in named and isinstance(value, str) and value and (base / value).exists()
-        else value
-        for key, value in settings.items()
+        key: _seen_from(base, value) if key in paths and value not in paths[key] else value for key, value in settings.items()
     }
 
 
-def _class_of(kind: str) -> type[Any]:
+def _seen_from(base: Path, value: object) -> object:
+    return str((base / Path(value).expanduser()).absolute()) if isinstance(value, str) and value else value
+
+
+def _oracle_class(kind: str) -> Any:
     found = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
     if kind not in found:
         known = f"installed are {', '.join(sorted(found)) or 'none'}"

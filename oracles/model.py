@@ -38,7 +38,7 @@ class Teacher:
     The file is a pickle: name only what you trust.  A model knows no charge and no spin: leave them out of [system].
     """
 
-    model: str = field(metadata={"path": True})
+    model: str = field(metadata={"path": True, "names": (EMBEDDED,)})
     """A .model file (relative to the config file), or "embedded"."""
     head: str = ""
     """Which head of a model that has several."""

@@ -41,7 +41,7 @@ from bnn_driver.loops.driver import Driver, DriverSettings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.trainer import TrainerProcess
-from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle, located, read_done
+from bnn_driver.oracle import Limits, Oracle, absolute_paths, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
@@ -115,7 +115,7 @@ def check_session(config_file: Path) -> str:
     config, base = read_config(config_file), config_file.absolute().parent
     settle(config.potential.threads)
     frames, ipi_input = read_system(config, base)
-    oracle = load_oracle(config.oracle.kind, _oracle_options(config, base))
+    oracle = load_oracle(config.oracle.kind, absolute_paths(config.oracle.kind, config.oracle.options, base))
     oracle.check(frames)
     make_policy(config, frames.numbers, 0.0)
     model = load_model(config, base, frames.numbers, config.potential.device)
@@ -196,7 +196,7 @@ def _open(
 ) -> Iterator[Session]:
     """All parts but i-PI, warm and ready; stopped when the context ends."""
     settle(config.potential.threads)
-    options = _oracle_options(config, config_file.absolute().parent)
+    options = absolute_paths(config.oracle.kind, config.oracle.options, config_file.absolute().parent)
     oracle = load_oracle(config.oracle.kind, options)
     oracle.check(frames)
     promise = make_policy(config, frames.numbers, _audit_probability(config, ipi_input))
@@ -221,10 +221,6 @@ def _open(
         driver.ensemble.predict(frames)
         driver.foundation.predict(frames)
         yield Session(driver, events, progress, config.oracle.timeout, config.oracle.workers)
-
-
-def _oracle_options(config: Config, base: Path) -> dict[str, Any]:
-    return located(config.oracle.kind, config.oracle.options, base)
 
 
 def _labelling(config: Config, options: dict[str, Any], run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:

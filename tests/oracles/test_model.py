@@ -15,7 +15,7 @@ import torch
 from oracle_subjects import WATER
 
 from bnn_driver.errors import ModelError, OracleConfigError
-from bnn_driver.oracle import Oracle, fingerprint, label, load_oracle, located
+from bnn_driver.oracle import Oracle, absolute_paths, fingerprint, label, load_oracle
 from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.factory import make_potential
 from bnn_driver.potential.mace import EMBEDDED, load_mace
@@ -115,7 +115,7 @@ def test_a_file_beside_the_config_is_found_from_everywhere(tmp_path: Path) -> No
         ("embedded", "embedded"),
         ("/x.model", "/x.model"),
     ):
-        assert located("model", {"model": given, "head": "teacher.model"}, tmp_path) == {
+        assert absolute_paths("model", {"model": given, "head": "teacher.model"}, tmp_path) == {
             "model": expected,
             "head": "teacher.model",
         }
@@ -129,8 +129,9 @@ def test_a_run_is_rehearsed_with_a_teacher_beside_its_config(tmp_path: Path) -> 
     config = write_run(tmp_path, steps=4)
     text = config.read_text().replace('kind = "toy"', 'kind = "model"')
     text = text.replace("[oracle.toy]", '[oracle.model]\nmodel = "teacher.model"')
+    text = text.replace('timeout = "20 s"', 'timeout = "2 min"')  # loading mace may take long
     config.write_text(text.replace("step_size = 3e-3", "step_size = 1e-4"))  # the toy that learns is far from this teacher
-    done = program("run", config)
+    done = program("run", config, timeout=300)
     assert done.returncode == 0, done.stderr
     labels = sorted((tmp_path / "run" / "labels").glob("*.extxyz"))
     assert labels
