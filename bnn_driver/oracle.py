@@ -65,7 +65,7 @@ class Oracle(Protocol):
     """What every file in `oracles/` provides; the fields of the dataclass are the keys of the table [oracle.KIND].
 
     A field that carries a unit declares its kind, `field(default=..., metadata={"quantity": "force"})`, and is given as a string;
-    a file or folder, named relative to the config file, declares `metadata={"path": True}`.
+    one that is a path declares {"path": True}, and is seen from the folder of the config file, but for what {"names": (...)} lists.
     """
 
     @property
@@ -92,37 +92,13 @@ def fingerprint(oracle: Oracle) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
-def absolute_paths(kind: str, settings: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The settings with files and folders absolute, so that they mean the same in every process.
-
-    Args: kind, settings: as for `load_oracle`, which reports what is wrong with them.   base: folder of the config file.
-    """
-    points = [point for point in importlib.metadata.entry_points(group=GROUP) if point.name == kind]
-    try:
-        fields = dataclasses.fields(points[0].load()) if points else ()
-    except (ImportError, AttributeError):
-        return settings
-    paths = {f.name for f in fields if f.metadata.get("path") and isinstance(settings.get(f.name), str)}
-    return settings | {name: str(base / Path(settings[name]).expanduser()) for name in paths}
-
-
 def load_oracle(kind: str, settings: dict[str, Any]) -> Oracle:
     """The oracle registered as `kind`, with the settings of its table.
 
     Args: kind: name of an entry point of the group bnn_driver.oracles.   settings: as read from TOML.
     Raises: ConfigError for an unknown kind or key, a missing key, a value of a wrong type; EnvironmentProblem if it has no code.
     """
-    found = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
-    if kind not in found:
-        known = f"installed are {', '.join(sorted(found)) or 'none'}"
-        raise ConfigError(f"[oracle] kind = {kind!r} is unknown{_nearest(kind, list(found))}; {known}")
-    try:
-        cls = found[kind].load()
-    except (ImportError, AttributeError) as error:
-        where = f"{found[kind].value}"
-        raise EnvironmentProblem(
-            f"oracle {kind!r} cannot be imported from {where}: {error}; reinstall the package that provides it"
-        ) from error
+    cls = _oracle_class(kind)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in settings:
         if key not in fields:
@@ -135,6 +111,35 @@ def load_oracle(kind: str, settings: dict[str, Any]) -> Oracle:
     hints = get_type_hints(cls)
     oracle: Oracle = cls(**{key: _setting(kind, fields[key], hints[key], value) for key, value in settings.items()})
     return oracle
+
+
+def absolute_paths(kind: str, settings: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The settings with each field that is a path (metadata {"path": True}) seen from a folder; workers run in folders of their own.
+
+    Args: base: folder of the config file.   Raises: ConfigError or EnvironmentProblem, as `load_oracle`.
+    """
+    paths = {f.name: f.metadata.get("names", ()) for f in dataclasses.fields(_oracle_class(kind)) if f.metadata.get("path")}
+    return {
+        key: _seen_from(base, value) if key in paths and value not in paths[key] else value for key, value in settings.items()
+    }
+
+
+def _seen_from(base: Path, value: object) -> object:
+    return str((base / Path(value).expanduser()).absolute()) if isinstance(value, str) and value else value
+
+
+def _oracle_class(kind: str) -> Any:
+    found = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    if kind not in found:
+        known = f"installed are {', '.join(sorted(found)) or 'none'}"
+        raise ConfigError(f"[oracle] kind = {kind!r} is unknown{_nearest(kind, list(found))}; {known}")
+    try:
+        return found[kind].load()
+    except (ImportError, AttributeError) as error:
+        where = f"{found[kind].value}"
+        raise EnvironmentProblem(
+            f"oracle {kind!r} cannot be imported from {where}: {error}; reinstall the package that provides it"
+        ) from error
 
 
 def _setting(kind: str, item: dataclasses.Field[Any], hint: Any, value: object) -> object:
@@ -181,9 +186,18 @@ def check_frame(oracle: Oracle, frame: Frames, limits: Limits) -> None:
 
     Raises: OracleConfigError if it is beyond the capabilities; GeometryRejected if it is not finite or two atoms are too close.
     """
-    able, code = oracle.capabilities, oracle.code
     if len(frame) != 1:
-        raise OracleConfigError(f"{code}: an oracle labels one frame, but a batch of {len(frame)} came; pass frames[i]")
+        raise OracleConfigError(f"{oracle.code}: an oracle labels one frame, but a batch of {len(frame)} came; pass frames[i]")
+    check_capabilities(oracle, frame)
+    cell = np.zeros(0) if frame.cell is None else frame.cell
+    if not (np.isfinite(frame.positions).all() and np.isfinite(cell).all()):
+        raise GeometryRejected("positions or cell are not finite: the simulation has exploded; reduce its time step")
+    _check_distances(frame, limits)
+
+
+def check_capabilities(oracle: Oracle, frame: Frames) -> None:
+    """Refuse a frame that the oracle says it cannot label.  Raises: OracleConfigError naming cell, charge or multiplicity."""
+    able, code = oracle.capabilities, oracle.code
     if frame.periodic and not able.periodic:
         raise OracleConfigError(
             f"{code} labels molecules only, but the frame has a cell; set [system] periodic = false or use another oracle"
@@ -194,10 +208,6 @@ def check_frame(oracle: Oracle, frame: Frames, limits: Limits) -> None:
         raise OracleConfigError(
             f"{code} knows multiplicity 1 only, but {frame.multiplicity} came; use another oracle or other settings"
         )
-    cell = np.zeros(0) if frame.cell is None else frame.cell
-    if not (np.isfinite(frame.positions).all() and np.isfinite(cell).all()):
-        raise GeometryRejected("positions or cell are not finite: the simulation has exploded; reduce its time step")
-    _check_distances(frame, limits)
 
 
 def _check_distances(frame: Frames, limits: Limits) -> None:

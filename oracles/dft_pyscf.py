@@ -18,7 +18,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from bnn_driver.errors import EnvironmentProblem, OracleConfigError, SCFNotConverged, UnstableState
-from bnn_driver.oracle import Capabilities, make_label
+from bnn_driver.oracle import Capabilities, check_capabilities, make_label
 from bnn_driver.records import Array, Frames, Label
 from bnn_driver.units import BOHR, HARTREE, HARTREE_PER_BOHR
 
@@ -110,10 +110,7 @@ class PySCF:
     def check(self, frame: Frames) -> None:
         """Basis, functional, dispersion, charge and spin exist.  Raises: OracleConfigError, EnvironmentProblem without PySCF."""
         _version("pyscf")
-        if frame.periodic:
-            raise OracleConfigError("the oracle pyscf labels molecules only; set [system] periodic = false or use another oracle")
-        if frame.multiplicity != 1 and not self.capabilities.spin:
-            raise OracleConfigError(f"method = {self.method!r} cannot have multiplicity {frame.multiplicity}; use 'uhf' or 'uks'")
+        check_capabilities(self, frame)
         self._check_functional()
         self._check_auxiliary_basis(self._molecule(frame))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def check_session(config_file: Path) -> str:
     config, base = read_config(config_file), config_file.absolute().parent
     settle(config.potential.threads)
     frames, ipi_input = read_system(config, base)
-    oracle = load_oracle(config.oracle.kind, _oracle_settings(config, base))
+    oracle = load_oracle(config.oracle.kind, absolute_paths(config.oracle.kind, config.oracle.options, base))
     oracle.check(frames)
     make_policy(config, frames.numbers, 0.0)
     model = load_model(config, base, frames.numbers, config.potential.device)
@@ -195,8 +196,8 @@ def _open(
 ) -> Iterator[Session]:
     """All parts but i-PI, warm and ready; stopped when the context ends."""
     settle(config.potential.threads)
-    settings = _oracle_settings(config, config_file.absolute().parent)
-    oracle = load_oracle(config.oracle.kind, settings)
+    options = absolute_paths(config.oracle.kind, config.oracle.options, config_file.absolute().parent)
+    oracle = load_oracle(config.oracle.kind, options)
     oracle.check(frames)
     promise = make_policy(config, frames.numbers, _audit_probability(config, ipi_input))
     model = load_model(config, config_file.absolute().parent, frames.numbers, config.potential.device)
@@ -213,7 +214,7 @@ def _open(
         trainer = TrainerProcess(run, config.trainer.threads)
         trainer.begin()
         stack.callback(trainer.stop)
-        labelling = _labelling(config, settings, run, oracle, stack)
+        labelling = _labelling(config, options, run, oracle, stack)
         progress = Progress(ipi_input.total_steps if ipi_input else None, done)
         driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress)
         driver.announce_missing(announced)
@@ -222,15 +223,11 @@ def _open(
         yield Session(driver, events, progress, config.oracle.timeout, config.oracle.workers)
 
 
-def _oracle_settings(config: Config, base: Path) -> dict[str, object]:
-    return absolute_paths(config.oracle.kind, config.oracle.options, base)
-
-
-def _labelling(config: Config, settings: dict[str, object], run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
+def _labelling(config: Config, options: dict[str, Any], run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
     o = config.oracle
     spool = run.oracle_dir / "spool"
     limits = Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
-    executor = LocalExecutor(o.kind, settings, o.workers, o.timeout, run.oracle_dir / "work", o.threads, spool, limits=limits)
+    executor = LocalExecutor(o.kind, options, o.workers, o.timeout, run.oracle_dir / "work", o.threads, spool, limits=limits)
     stack.callback(executor.shutdown, wait=False)
     name = fingerprint(oracle)
     labelling = Labelling(LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, o.max_labels)

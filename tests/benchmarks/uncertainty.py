@@ -95,6 +95,8 @@ def case(shift: Shift, name: str, n: int, seed: int, options: argparse.Namespace
     begin = time.perf_counter()
     seen = pool[slice(n, n + 50)].frames if candidate.function_prior else None
     generation, offset, diverged = learnt(learner, pool, n, options.members, kept, seen)
+    if diverged:  # a run would discard it
+        return [{"test": "diverged", "q": "-", "s": time.perf_counter() - begin}]
     distances = make_distances(learner.potential, learner.noise, settings)
     if distances is not None:
         generation = distances.added(generation, [pool.label(i, {}) for i in range(n)])
@@ -110,7 +112,7 @@ def case(shift: Shift, name: str, n: int, seed: int, options: argparse.Namespace
             inflated = calibration.scale(sd) if calibration else sd
             after = float(coverage(error, inflated, 0.95, calibration.dof)) if calibration else None
             bins = reliability(error / UNITS[q], sd / UNITS[q], min(8, max(1, len(error) // 5))).tolist()
-            more = {"before": found["covered_95"], "after": after, "bins": bins, "s": seconds, "diverged": diverged}
+            more = {"before": found["covered_95"], "after": after, "bins": bins, "s": seconds}
             rows.append({"test": test, "q": q} | measure.rounded(found) | more)
     return rows
 
@@ -133,7 +135,8 @@ def learnt(
         diverged = report.diverged
     else:
         generation, diverged = update_with_prior(learner, start(learner, members), labels, seen)
-    np.savez(kept, **generation.weights)
+    if not diverged:
+        np.savez(kept, **generation.weights)
     return generation, offset, diverged
 
 
