@@ -210,6 +210,16 @@ def check_capabilities(oracle: Oracle, frame: Frames) -> None:
         )
 
 
+def check_multiplicity(frame: Frames, electrons: float) -> None:
+    """Refuse a number of electrons that cannot have the frame's multiplicity.  Raises: OracleConfigError."""
+    unpaired = frame.multiplicity - 1
+    if electrons < unpaired or (electrons - unpaired) % 2:
+        raise OracleConfigError(
+            f"{electrons:g} electrons (charge {frame.charge:+d}) cannot have multiplicity {frame.multiplicity}; "
+            "mend [system] charge or multiplicity"
+        )
+
+
 def _check_distances(frame: Frames, limits: Limits) -> None:
     radii = covalent_radii[frame.numbers]
     furthest = max(limits.min_distance, 2 * limits.covalent_fraction * float(radii.max()))

@@ -17,7 +17,7 @@ import numpy as np
 from ase import Atoms
 
 from bnn_driver.errors import OracleConfigError, OracleError, OracleInconsistent
-from bnn_driver.oracle import Capabilities, fingerprint, make_label
+from bnn_driver.oracle import Capabilities, check_multiplicity, fingerprint, make_label
 from bnn_driver.records import Frames, Label
 from oracles.aims_control import MECHANICS, SCF_KEYWORDS, Control, lines_of
 from oracles.aims_output import CONVERGED, DIGITS, FAREWELL, AimsResult, read_result
@@ -92,14 +92,9 @@ class Aims:
         control.names_of(frame)
         control.check_boundary(frame)
         control.state_keywords(frame)
-        electrons = int(frame.numbers.sum()) - frame.charge
-        impossible = electrons < frame.multiplicity - 1 or (electrons - frame.multiplicity + 1) % 2
         # the bands of a crystal may share an odd electron
-        if impossible and not (frame.periodic and frame.multiplicity == 1):
-            raise OracleConfigError(
-                f"{electrons} electrons (charge {frame.charge:+d}) cannot have multiplicity {frame.multiplicity}; "
-                "mend [system] charge or multiplicity"
-            )
+        if not (frame.periodic and frame.multiplicity == 1):
+            check_multiplicity(frame, int(frame.numbers.sum()) - frame.charge)
 
     def __call__(self, frame: Frames) -> Label:
         """Label one frame, climbing the ladder while the SCF does not converge."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from bnn_driver.errors import OracleCrashed, OracleInconsistent, SCFNotConverged
 from bnn_driver.records import Array
+from oracles.scrutiny import numbers_of
 
 DIGITS = 2e-8
 """Å: coordinates are printed with eight decimals."""
@@ -137,10 +138,5 @@ def _geometry(lines: list[str]) -> tuple[list[str], Array, Array | None]:
 
 
 def _numbers(words: list[str], count: int) -> Array:
-    try:
-        values = np.array([float(word.replace("D", "E")) for word in words])
-    except ValueError:
-        values = np.zeros(0)
-    if len(values) != count:
-        raise OracleInconsistent(f"expected {count} numbers, but FHI-aims printed {' '.join(words)!r}")
-    return values
+    """Also with Fortran's exponent D."""
+    return numbers_of("FHI-aims", [word.replace("D", "E") for word in words], count)

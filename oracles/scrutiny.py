@@ -97,6 +97,17 @@ def _is_version(seen: str, wanted: str) -> bool:
     return bool(seen) and (seen == wanted or seen.startswith(f"{wanted} "))
 
 
+def numbers_of(code: str, words: list[str], count: int) -> Array:
+    """(count,) printed numbers.  Raises: OracleInconsistent for stars, words, and more or fewer of them."""
+    try:
+        values = np.array([float(word) for word in words])
+    except ValueError:
+        values = np.zeros(0)
+    if len(values) != count:
+        raise OracleInconsistent(f"expected {count} numbers, but {code} printed {' '.join(words)!r}")
+    return values
+
+
 def text_of(path: Path) -> str:
     """What a code wrote, or nothing; bytes that are no UTF-8 are replaced."""
     try:

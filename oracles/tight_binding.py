@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bnn_driver.errors import EnvironmentProblem, OracleConfigError, OracleCrashed, SCFNotConverged
-from bnn_driver.oracle import Capabilities, make_label
+from bnn_driver.oracle import Capabilities, check_multiplicity, make_label
 from bnn_driver.records import Frames, Label
 from bnn_driver.units import BOHR, BOLTZMANN, HARTREE, HARTREE_PER_BOHR, volume
 
@@ -63,12 +63,7 @@ class TightBinding:
         unknown = sorted({int(z) for z in frame.numbers if not 1 <= z <= HEAVIEST})
         if unknown:
             raise OracleConfigError(f"{self.method} knows elements 1 to {HEAVIEST}, but the frame has {unknown}")
-        electrons = int(frame.numbers.sum()) - frame.charge
-        if (electrons - frame.multiplicity + 1) % 2 or electrons < frame.multiplicity - 1:
-            raise OracleConfigError(
-                f"{electrons} electrons (charge {frame.charge:+d}) cannot have multiplicity {frame.multiplicity}; "
-                "mend [system] charge or multiplicity"
-            )
+        check_multiplicity(frame, int(frame.numbers.sum()) - frame.charge)
 
     def __call__(self, frame: Frames) -> Label:
         """Label one frame from a fresh start, so that a label depends on the structure only."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from bnn_driver.errors import OracleConfigError
+from bnn_driver.oracle import check_multiplicity
 from bnn_driver.records import Frames
 from oracles.scrutiny import sha256
 
@@ -108,11 +109,7 @@ class Incar:
                 added["ISPIN"] = "2"
             if not self._agrees("NUPDOWN", unpaired, wish):
                 added["NUPDOWN"] = str(unpaired)
-            if (electrons - unpaired) % 2:
-                raise OracleConfigError(
-                    f"{electrons:g} electrons (charge {frame.charge:+d}) cannot have multiplicity {frame.multiplicity}; "
-                    "mend [system] charge or multiplicity"
-                )
+            check_multiplicity(frame, electrons)
         elif (fixed := self.tags.get("NUPDOWN")) is not None and (fixed.number_or_none or 0) > 0:
             raise OracleConfigError(f"{self.where(fixed)} contradicts {wish}; make the two agree, or remove the line")
         return added

@@ -17,7 +17,7 @@ from ase.data import atomic_numbers
 from bnn_driver.errors import OracleCrashed, OracleInconsistent, SCFNotConverged
 from bnn_driver.records import Array
 from bnn_driver.units import GPA
-from oracles.scrutiny import text_of
+from oracles.scrutiny import numbers_of, text_of
 
 REACHED, END = "aborting loop because EDIFF is reached", "General timing and accounting"
 SCF_FAILURES = re.compile(
@@ -95,7 +95,7 @@ def _checked(result: VaspResult, outcar: str) -> VaspResult:
         if float(result.parameters.get(name, "0")) != 0:
             raise OracleInconsistent(f"VASP ran with {name} = {result.parameters[name]}, though 0 was asked for")
     found = _TOTEN.findall(outcar)
-    energy = float(_numbers(found[-1:], 1)[0])
+    energy = float(numbers_of("VASP", found[-1:], 1)[0])
     if not abs(energy - result.energy) <= ENERGY_TOLERANCE:
         raise OracleInconsistent(f"OUTCAR says TOTEN = {energy} eV, but vasprun.xml e_fr_energy = {result.energy} eV")
     version = _VERSION.search(outcar)
@@ -119,7 +119,7 @@ def read_xml(path: Path) -> VaspResult:
     symbols = [(row[0].text or "").strip() for row in root.findall("atominfo/array[@name='atoms']/set/rc")]
     generator = {item.get("name"): (item.text or "").strip() for item in root.findall("generator/i")}
     return VaspResult(
-        energy=float(_numbers([_text(calculation, "energy/i[@name='e_fr_energy']")], 1)[0]),
+        energy=float(numbers_of("VASP", [_text(calculation, "energy/i[@name='e_fr_energy']")], 1)[0]),
         forces=_matrix(calculation, "varray[@name='forces']"),
         # VASP prints what the cell exerts, in kB
         stress=None if stress is None else -0.1 * GPA * _matrix(calculation, "varray[@name='stress']"),
@@ -159,14 +159,4 @@ def _matrix(calculation: ElementTree.Element, path: str) -> Array:
     found = calculation.find(path)
     if found is None:
         raise OracleInconsistent(f"vasprun.xml has no {path}")
-    return np.array([_numbers((row.text or "").split(), 3) for row in found]).reshape(-1, 3)
-
-
-def _numbers(words: list[str], count: int) -> Array:
-    try:
-        values = np.array([float(word) for word in words])
-    except ValueError:
-        values = np.zeros(0)
-    if len(values) != count:
-        raise OracleInconsistent(f"expected {count} numbers, but VASP printed {' '.join(words)!r}")
-    return values
+    return np.array([numbers_of("VASP", (row.text or "").split(), 3) for row in found]).reshape(-1, 3)

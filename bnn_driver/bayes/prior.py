@@ -53,18 +53,9 @@ def dispersed(prior: GaussianPrior, dispersion: Tensor, seeds: Sequence[int]) ->
 
     Args: prior: with one centre (D,).   dispersion: (D,) >= 0.   seeds: M; the centres depend on them alone, on every device.
     """
-    centres = prior.centre.repeat(len(seeds), 1)
-    mean = torch.zeros(len(prior.centre), dtype=torch.float64)
-    for seed in seeds:  # drawn twice rather than kept: M draws of a large model are much memory
-        mean += _draw(len(mean), seed) / len(seeds)
-    for row, seed in zip(centres, seeds, strict=True):
-        row += (dispersion.double() * (_draw(len(row), seed) - mean)).to(row)
-    return GaussianPrior(centres, prior.sd)
-
-
-def _draw(size: int, seed: int) -> Tensor:
-    """(D,) standard normal, on the CPU."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draws = (torch.randn(len(dispersion), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds)
+    offsets = torch.stack([(dispersion.double() * draw).to(prior.centre) for draw in draws])
+    return GaussianPrior(prior.centre + (offsets - offsets.mean(dim=0)), prior.sd)
 
 
 def group_sds(sizes: Mapping[str, int], groups: Mapping[str, float], default: float) -> Tensor:
