@@ -7,8 +7,6 @@ last one: its labels depend, within its thresholds, on what came before (`restar
 
 from __future__ import annotations
 
-import shlex
-import shutil
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +17,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from ase.symbols import string2symbols
 
-from bnn_driver.errors import EnvironmentProblem, GeometryRejected, OracleConfigError, OracleInconsistent
+from bnn_driver.errors import GeometryRejected, OracleConfigError, OracleInconsistent
 from bnn_driver.ipi.server import unique_endpoint
 from bnn_driver.ipi.transport import Endpoint
 from bnn_driver.oracle import Capabilities, make_label
@@ -27,6 +25,7 @@ from bnn_driver.records import Array, Frames, Label
 from bnn_driver.units import stress_from_virial
 from oracles.input_files import content_hash, placeholders, structure_values
 from oracles.log_evidence import Mark
+from oracles.one_shot import program, words_of
 from oracles.running_code import Holder, Plan
 
 UNBOUNDED = 100.0
@@ -46,7 +45,7 @@ class Socket:
     """
 
     command: str
-    """Run without a shell, in the copied folder; printed text goes to stdout.log and stderr.log there."""
+    """Run without a shell, in the copied folder; printed text goes to stdout.txt and stderr.txt there."""
     folder: str = field(metadata={"path": True})
     code: str
     """Name and version, such as "CP2K 2023.1"."""
@@ -97,13 +96,9 @@ class Socket:
             raise OracleConfigError(
                 f"[oracle.socket] box and net_force must not be negative, got {self.box} Å and {self.net_force} eV/Å"
             )
-        for name in ("command", "launcher"):
-            try:
-                words = shlex.split(getattr(self, name))
-            except ValueError as error:
-                raise OracleConfigError(f"[oracle.socket] {name} = {getattr(self, name)!r}: {error}") from None
-            if name == "command" and not words:
-                raise OracleConfigError("[oracle.socket] command is empty; give what starts the code")
+        words_of("socket", self.command)
+        if self.launcher:
+            words_of("socket", self.launcher, "launcher")
         _ = self._marks  # read now, so that a mistake in an expression is found before the run
         weakref.finalize(self, self._live.stop, failed=False)
 
@@ -114,10 +109,10 @@ class Socket:
 
     def physics(self) -> dict[str, Any]:
         """The command and the contents of the input files, before anything is filled in, and what is done to frame and forces."""
-        words = shlex.split(self.command)
+        name, *rest = words_of("socket", self.command)
         return {
             "code": self.code,
-            "command": [Path(words[0]).name, *words[1:]],
+            "command": [Path(name).name, *rest],
             "files": self._files,
             "templates": sorted(self.templates),
             "box": self.box,
@@ -144,8 +139,7 @@ class Socket:
                 "[oracle.socket] neither command nor templates say where the driver listens: write {socket} (or {path}) there "
                 'for transport = "unix", {port} for "inet"'
             )
-        for program in filter(None, (self.launcher, self.command)):
-            _find(shlex.split(program)[0], Path(self.folder))
+        self._words()
         self._check_species(frame, names)
         for name in ("charge", "multiplicity"):
             if name not in names and getattr(frame, name) != getattr(self, name):
@@ -216,15 +210,19 @@ class Socket:
         """End the running code, if there is one."""
         self._live.stop(failed=False)
 
+    def _words(self) -> list[str]:
+        """Launcher and command, whose programs were found."""
+        source = Path(self.folder)
+        launcher = program("socket", self.launcher, "launcher", source) if self.launcher else []
+        return launcher + program("socket", self.command, folder=source)
+
     def _plan(self, frame: Frames, positions: Array, cell: Array) -> Plan:
         unix = self.transport == "unix"
-        source = Path(self.folder)
-        lines = [shlex.split(line) for line in (self.launcher, self.command)]
         converged, failed, version = self._marks
         return Plan(
             code=self.code,
-            words=[word for first, *rest in filter(None, lines) for word in (_find(first, source), *rest)],
-            source=source,
+            words=self._words(),
+            source=Path(self.folder),
             files=self._files,
             templates=self.templates,
             values=structure_values(frame.numbers, positions, cell, frame.periodic, frame.charge, frame.multiplicity),
@@ -264,14 +262,3 @@ class Socket:
                 f"{self.net_force:g} eV/Å; use a finer grid"
             )
         return forces - net / len(forces)
-
-
-def _find(program: str, folder: Path) -> str:
-    """What to execute: a file of the copied folder, or a program on PATH."""
-    if not Path(program).is_absolute() and (folder / program).is_file():
-        return f"./{program}"
-    if (found := shutil.which(program)) is None:
-        raise EnvironmentProblem(
-            f"the program {program!r} of [oracle.socket] is neither on PATH nor in {folder}: install or load it"
-        )
-    return found

@@ -21,6 +21,7 @@ from bnn_driver.units import volume
 from oracles.guarded import Guarded
 from oracles.input_files import content_hash, fill, lay_out
 from oracles.log_evidence import Counter, Evidence, Mark
+from oracles.scrutiny import ERRORS, last_words
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ UNBUFFERED = {"GFORTRAN_UNBUFFERED_PRECONNECTED": "1", "PYTHONUNBUFFERED": "1"}
 """What makes codes write their standard output at once."""
 FOLDER = re.compile(r"ipi-code-(\d+)-\w+")
 """Name of the folder of one start: process id of its driver, and what makes it unique."""
-STDOUT, STDERR = "stdout.log", "stderr.log"
+OUTPUT = "stdout.txt"
+"""What the code writes to standard output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +105,13 @@ class RunningCode:
         values = {**self.plan.values, **where}
         lay_out(self.plan.source, self.plan.templates, values, self.folder)
         return Guarded(
+            "socket",
             [fill(word, values) for word in self.plan.words],
             self.folder,
-            {**os.environ, **UNBUFFERED, **self.plan.environment},
-            self.folder / STDOUT,
-            self.folder / STDERR,
-            Path(endpoint.path) if unix else None,
+            OUTPUT,
+            ERRORS,
+            environment={**os.environ, **UNBUFFERED, **self.plan.environment},
+            leftover=endpoint.path if unix else "",
         )
 
     @property
@@ -147,21 +150,11 @@ class RunningCode:
             self._process.wait(DEATH_SECONDS)
             if line := self._evidence.failure():
                 return SCFNotConverged(f"{self.plan.code} left, and its log says {line!r}; its files are in {self.folder}")
-            return OracleCrashed(f"{error} ({self._process.end}) in {self.folder}; its last words:\n{self._last_words()}")
+            files = dict.fromkeys((self.plan.converged.file, OUTPUT))
+            return OracleCrashed(f"{error} ({self._process.end})\n{last_words(self.folder, *files)}")
         if isinstance(error, OracleTimeout):
             return OracleTimeout(f"{error}; its files are in {self.folder}")
         return type(error)(f"{self.plan.code}: {error}; its files are in {self.folder}")
-
-    def _last_words(self) -> str:
-        texts = []
-        for name in dict.fromkeys((self.plan.converged.file, STDOUT, STDERR)):
-            path = self.folder / name
-            if path.is_file():
-                with path.open("rb") as file:
-                    file.seek(max(0, path.stat().st_size - 2000))
-                    lines = file.read().decode(errors="replace").splitlines()[-8:]
-                texts += [f"  {name}: {line}" for line in lines if line.strip()]
-        return "\n".join(texts) or "  (it wrote nothing)"
 
     def _check_version(self) -> None:
         mark = self.plan.version

@@ -22,7 +22,7 @@ command = "{sys.executable} client.py {{socket}}"
 folder = "inputs/xtb"
 templates = ["settings.json", "start.xyz"]
 code = "tblite behind ASE"
-converged = "stdout.log: charges converged"
+converged = "stdout.txt: charges converged"
 box = "0 A"
 [output]
 """

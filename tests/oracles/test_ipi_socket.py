@@ -73,7 +73,7 @@ def test_a_molecule_is_computed_in_the_middle_of_the_box(make: Make, tmp_path: P
         ),
         ("failed", SCFNotConverged, "the log of the code says: 'SCF NOT CONVERGED'"),
         ("double", OracleInconsistent, "2 lines of log match .* expected 1"),
-        ("crash", OracleCrashed, r"(?s)exit status 3.*stderr.log: segmentation fault"),
+        ("crash", OracleCrashed, r"(?s)exit status 3.*stderr.txt:\n +segmentation fault"),
         ("failcrash", SCFNotConverged, "left, and its log says 'SCF NOT CONVERGED'"),
         ("cut", OracleInconsistent, "became shorter"),
     ],
@@ -129,7 +129,7 @@ def test_a_code_that_never_connects_is_killed_at_its_limit(make: Make, tmp_path:
 
 
 def test_a_code_that_ends_at_once_says_why(make: Make) -> None:
-    with pytest.raises(OracleCrashed, match=r"(?s)exit status 2.*stderr.log: .*can't open file"):
+    with pytest.raises(OracleCrashed, match=r"(?s)exit status 2.*stderr.txt:\n.*can't open file"):
         label(make(command=f"{sys.executable} missing.py {{socket}}"), WATER)
 
 
