@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from ase.io import read
 
-from bnn_driver.errors import OracleCrashed, OracleInconsistent, SCFNotConverged
+from bnn_driver.errors import OracleConfigError, OracleCrashed, OracleInconsistent, SCFNotConverged
 from bnn_driver.oracle import Oracle, fingerprint, label, load_oracle
 from bnn_driver.records import Frames
 
@@ -38,9 +38,11 @@ class Code:
     """Text of the input and what replaces it, so that no SCF can converge."""
     warm_error: float
     """eV and eV/Å, between a cold and a warm start."""
+    version: str
+    """What finds the version in its log; any version is tested."""
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def make(self, folder: Path | None = None, **changes: Any) -> Oracle:
+    def make(self, folder: Path | None = None, /, **changes: Any) -> Oracle:
         if shutil.which(self.program) is None:
             pytest.skip(f"the program {self.program} is not installed (see the head of this file)")
         limits = {"connect_timeout": "60 s", "frame_timeout": "2 min"}
@@ -48,27 +50,27 @@ class Code:
 
 
 CP2K = Code(
-    "cp2k.psmp", "cp2k", ("MAX_SCF 50", "MAX_SCF 2"), 1e-6,
-    {"command": "cp2k.psmp -i cp2k.inp -o cp2k.out", "code": "CP2K 2023.1", "version": r"cp2k.out: CP2K version ([\d.]+)",
+    "cp2k.psmp", "cp2k", ("MAX_SCF 50", "MAX_SCF 2"), 1e-6, r"cp2k.out: CP2K version ([\d.]+)",
+    {"command": "cp2k.psmp -i cp2k.inp -o cp2k.out", "code": "CP2K",
      "converged": "cp2k.out: SCF run converged in", "failed": "cp2k.out: SCF run NOT converged", "templates": ["cp2k.inp"],
      "box": "12 A", "periodic": True, "stress": True},
 )  # fmt: skip
 NWCHEM = Code(
-    "nwchem.openmpi", "nwchem", ("maxiter 50", "maxiter 2"), 1e-6,
-    {"command": "nwchem.openmpi nwchem.nw", "code": "NWChem 7.0.2", "version": r"stdout.log: \(NWChem\) (\S+)",
-     "converged": r"stdout.log: Final RHF\s+results", "failed": "stdout.log: Calculation failed to converge",
+    "nwchem.openmpi", "nwchem", ("maxiter 50", "maxiter 2"), 1e-6, r"stdout.txt: \(NWChem\) (\S+)",
+    {"command": "nwchem.openmpi nwchem.nw", "code": "NWChem",
+     "converged": r"stdout.txt: Final RHF\s+results", "failed": "stdout.txt: Calculation failed to converge",
      "templates": ["nwchem.nw"], "box": "0 A"},
 )  # fmt: skip
 ABINIT = Code(
-    "abinit", "abinit", ("nstep 40", "nstep 3"), 1e-4,
-    {"command": "abinit run.abi --ipi {socket}:UNIX", "code": "ABINIT 9.6.2", "version": r"run.abo: Version ([\d.]+)",
+    "abinit", "abinit", ("nstep 40", "nstep 3"), 1e-4, r"run.abo: Version ([\d.]+)",
+    {"command": "abinit run.abi --ipi {socket}:UNIX", "code": "ABINIT",
      "converged": "run.abo: At SCF step .* converged", "failed": "run.abo: was not enough SCF cycles to converge",
      "templates": ["run.abi"], "box": "6 A", "periodic": True, "stress": True},
 )  # fmt: skip
 ESPRESSO = Code(
-    "pw.x", "espresso", ("electron_maxstep = 60", "electron_maxstep = 3"), 1e-3,
-    {"command": "pw.x --ipi {socket}:UNIX -in pw.in", "code": "Quantum ESPRESSO 6.7MaX", "version": r"stdout.log: PWSCF v\.(\S+)",
-     "converged": "stdout.log: convergence has been achieved", "failed": "stdout.log: convergence NOT achieved",
+    "pw.x", "espresso", ("electron_maxstep = 60", "electron_maxstep = 3"), 1e-3, r"stdout.txt: PWSCF v\.(\S+)",
+    {"command": "pw.x --ipi {socket}:UNIX -in pw.in", "code": "Quantum ESPRESSO",
+     "converged": "stdout.txt: convergence has been achieved", "failed": "stdout.txt: convergence NOT achieved",
      "templates": ["pw.in"], "box": "6 A", "periodic": True, "stress": True},
 )  # fmt: skip
 Use = Callable[..., Oracle]
@@ -87,7 +89,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
         monkeypatch.setenv(name, "1")
     made: list[Any] = []
 
-    def one(code: Code, folder: Path | None = None, **changes: Any) -> Oracle:
+    def one(code: Code, folder: Path | None = None, /, **changes: Any) -> Oracle:
         made.append(code.make(folder, **changes))
         return made[-1]
 
@@ -143,6 +145,14 @@ def test_an_scf_that_does_not_converge_is_no_label(code: Code, use: Use, tmp_pat
 
 
 @pytest.mark.dft
+def test_the_version_in_its_log_is_compared(code: Code, use: Use) -> None:
+    with pytest.raises(
+        OracleConfigError, match=r"code = 'no code', but its log says '\d+\.\d.*give name and version as they are"
+    ):
+        label(use(code, code="no code", version=code.version), WATER)
+
+
+@pytest.mark.dft
 @pytest.mark.parametrize("code", [CP2K, ABINIT], ids=lambda code: code.folder)
 def test_without_the_mark_of_failure_the_missing_mark_of_success_is_enough(code: Code, use: Use, tmp_path: Path) -> None:
     shutil.copytree(INPUTS / code.folder, tmp_path / "spoilt")
@@ -193,7 +203,7 @@ def aims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Oracle]:
             "command": f"{sys.executable} aims_replay.py unix:{{path}} {AIMS}",
             "folder": str(tmp_path / "inputs"),
             "code": "FHI-aims 200112.2",
-            "converged": r"stdout.log: Self-consistency cycle converged\.",
+            "converged": r"stdout.txt: Self-consistency cycle converged\.",
             "species": "OH2",
             "box": "0 A",
             "net_force": "1e-2 eV/A",
@@ -211,7 +221,7 @@ def test_a_recorded_run_of_aims_is_labelled_frame_by_frame(aims: Oracle) -> None
         result = label(aims, Frames(atoms.numbers, atoms.positions[None]))
         assert result.energy == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
         np.testing.assert_allclose(result.forces, atoms.get_forces() - atoms.get_forces().mean(axis=0), atol=1e-9)
-    assert result.evidence == "stdout.log: Self-consistency cycle converged. (warm, frame 6 since its start)"
+    assert result.evidence == "stdout.txt: Self-consistency cycle converged. (warm, frame 6 since its start)"
 
 
 def test_the_replay_of_aims_refuses_another_structure(aims: Oracle) -> None:
@@ -245,7 +255,7 @@ def tblite(**changes: Any) -> Oracle:
             "command": f"{sys.executable} client.py {{socket}}",
             "folder": str(INPUTS / "tblite"),
             "code": "socket tblite",
-            "converged": "stdout.log: charges converged",
+            "converged": "stdout.txt: charges converged",
             "templates": ["settings.json", "start.xyz"],
             "environment": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
             "box": "0 A",

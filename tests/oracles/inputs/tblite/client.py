@@ -25,7 +25,6 @@ atoms.calc = Talkative(
     multiplicity=settings["multiplicity"],
     accuracy=0.1,
     max_iterations=settings["max_iterations"],
-    cache_api=False,  # each frame from a fresh start
     verbosity=0,
 )
 SocketClient(unixsocket=sys.argv[1]).run(atoms, use_stress=settings["periodic"])
