@@ -120,12 +120,12 @@ def check_session(kind: str, wanted: bool, restart: bool, restart_every: int) ->
 
 
 @contextlib.contextmanager
-def explained(code: Running, output: str) -> Iterator[None]:
-    """Add to any error of the oracle how the code ended, and its last words in the file `output`."""
+def explained(code: Running, *files: str) -> Iterator[None]:
+    """Add to any error of the oracle how the code ended, and its last words in some files."""
     try:
         yield
     except OracleError as error:
-        raise type(error)(f"{error} ({code.end})\n{last_words(code.folder, output)}") from error
+        raise type(error)(f"{error} ({code.end})\n{last_words(code.folder, *files)}") from error
 
 
 def differ_in_positions_only(one: Frames, other: Frames) -> bool:
