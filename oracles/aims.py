@@ -1,4 +1,4 @@
-"""FHI-aims, one run of the user's binary per label, from the user's own control.in or from settings in the config.
+"""FHI-aims, one run of the user's binary per label or one that keeps running, from the user's own control.in or from settings in the config.
 
 Files are written and read here, so that nothing of the user's input is lost in translation; only a control.in that is made from the
 config goes through ASE's writer.  Tested by replaying outputs, never with the binary itself.

@@ -1,4 +1,4 @@
-"""VASP, one run of the user's binary per label, from the user's own INCAR, KPOINTS and POTCAR or from settings in the config.
+"""VASP, one run of the user's binary per label or one that keeps running, from the user's own files or from settings in the config.
 
 Files are read here, so that nothing of the user's input is lost in translation; POSCAR, and an INCAR and KPOINTS made from the config,
 go through ASE's writers.  Tested by replaying outputs, never with the binary itself.

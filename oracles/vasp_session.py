@@ -5,6 +5,7 @@ Between two labels its ranks wait, most MPI libraries with all their cores at wo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -119,7 +120,8 @@ class RunningVasp:
     def stop(self, failed: bool) -> None:
         """STOPCAR, the end of standard input, and the end of its processes."""
         if not failed:
-            (self.folder / "STOPCAR").write_text("LABORT = .TRUE.\n", encoding="ascii")
+            with contextlib.suppress(OSError):
+                (self.folder / "STOPCAR").write_text("LABORT = .TRUE.\n", encoding="ascii")
         os.close(self._feed)
         if not failed:
             self._process.wait(EXIT_SECONDS)
