@@ -26,8 +26,8 @@ from bnn_driver.units import stress_from_virial
 from oracles.input_files import content_hash, placeholders, structure_values
 from oracles.log_evidence import Mark
 from oracles.one_shot import program, words_of
-from oracles.running_code import Plan, RunningCode
-from oracles.sessions import UNBOUNDED, Session
+from oracles.running_code import OUTPUT, Plan, RunningCode
+from oracles.sessions import UNBOUNDED, Session, explained
 
 CLEARANCE = 2.0
 """Å between an atom and the wall of `box`."""
@@ -194,7 +194,8 @@ class Socket:
         plan = self._plan(frame, positions, cell)
         try:
             code = self._live.code(lambda running: running.fits(plan), lambda folder: RunningCode(plan, folder))
-            energy, forces, virial, evidence = code.label(positions, cell)
+            with explained(code, *dict.fromkeys((plan.converged.file, OUTPUT))):
+                energy, forces, virial, evidence = code.label(positions, cell)
         except BaseException:
             self._live.stop(failed=True)
             raise

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnn_driver.errors import BnnError, OracleConfigError, OracleCrashed, OracleTimeout, SCFNotConverged
+from bnn_driver.errors import OracleConfigError, OracleCrashed, SCFNotConverged
 from bnn_driver.ipi.server import ForceServer
 from bnn_driver.ipi.transport import Endpoint
 from bnn_driver.records import Array
@@ -17,7 +17,7 @@ from bnn_driver.units import volume
 from oracles.guarded import Guarded
 from oracles.input_files import content_hash, fill, lay_out
 from oracles.log_evidence import Counter, Evidence, Mark
-from oracles.scrutiny import ERRORS, last_words
+from oracles.scrutiny import ERRORS
 from oracles.sessions import DEATH_SECONDS, EXIT_SECONDS, UNBUFFERED, start_in_words
 
 VOLUME_CHANGE = 0.1
@@ -126,24 +126,15 @@ class RunningCode:
             self._evidence.begin()
             energy, forces, virial, _ = self._server.compute(positions, cell)
             line = self._evidence.collect(lambda: self.is_running)
-        except BnnError as error:
-            raise self._explained(error) from error
+        except OracleCrashed as error:
+            self._process.wait(DEATH_SECONDS)
+            if said := self._evidence.failure():
+                raise SCFNotConverged(f"{self.plan.code} left, and its log says {said!r}") from error
+            raise
         if self.labels == 0:
             self._check_version()
         self.labels += 1
         return energy, forces, virial, f"{line} ({start_in_words(self.labels)})"
-
-    def _explained(self, error: BnnError) -> BnnError:
-        """The error with what the code itself says about it."""
-        if isinstance(error, OracleCrashed):
-            self._process.wait(DEATH_SECONDS)
-            if line := self._evidence.failure():
-                return SCFNotConverged(f"{self.plan.code} left, and its log says {line!r}; its files are in {self.folder}")
-            files = dict.fromkeys((self.plan.converged.file, OUTPUT))
-            return OracleCrashed(f"{error} ({self._process.end})\n{last_words(self.folder, *files)}")
-        if isinstance(error, OracleTimeout):
-            return OracleTimeout(f"{error}; its files are in {self.folder}")
-        return type(error)(f"{self.plan.code}: {error}; its files are in {self.folder}")
 
     def _check_version(self) -> None:
         mark = self.plan.version
