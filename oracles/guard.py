@@ -125,6 +125,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    facts = json.dumps(guard(*sys.argv[1:5], sys.argv[5:]))
+    out, err, left, source, *words = sys.argv[1:]
+    facts = json.dumps(guard(out, err, left, source, words))
     with contextlib.suppress(BrokenPipeError):
         os.write(1, facts.encode() + b"\n")

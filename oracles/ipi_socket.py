@@ -26,10 +26,9 @@ from bnn_driver.units import stress_from_virial
 from oracles.input_files import content_hash, placeholders, structure_values
 from oracles.log_evidence import Mark
 from oracles.one_shot import program, words_of
-from oracles.running_code import Holder, Plan
+from oracles.running_code import OUTPUT, Plan, RunningCode
+from oracles.sessions import UNBOUNDED, Session, explained
 
-UNBOUNDED = 100.0
-"""Å, edge of the cell that the protocol demands where the code knows none."""
 CLEARANCE = 2.0
 """Å between an atom and the wall of `box`."""
 
@@ -86,7 +85,7 @@ class Socket:
     """As `charge`."""
     species: str = ""
     """Atoms in the order of the input, such as "OH2", where the input has neither {atoms} nor {types}."""
-    _live: Holder = field(init=False, repr=False, compare=False, default_factory=Holder)
+    _live: Session[RunningCode] = field(init=False, repr=False, compare=False, default_factory=lambda: Session("socket"))
 
     def __post_init__(self) -> None:
         for name in ("lines_per_frame", "restart_every", "evidence_timeout", "connect_timeout", "frame_timeout"):
@@ -192,8 +191,11 @@ class Socket:
         """
         self.check(frame)
         positions, cell = self._placed(frame)
+        plan = self._plan(frame, positions, cell)
         try:
-            energy, forces, virial, evidence = self._live.label(self._plan(frame, positions, cell), positions, cell)
+            code = self._live.code(lambda running: running.fits(plan), lambda folder: RunningCode(plan, folder))
+            with explained(code, *dict.fromkeys((plan.converged.file, OUTPUT))):
+                energy, forces, virial, evidence = code.label(positions, cell)
         except BaseException:
             self._live.stop(failed=True)
             raise

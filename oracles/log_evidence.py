@@ -39,6 +39,35 @@ class Mark:
             ) from None
 
 
+class GrowingLog:
+    """A file to which a code appends, read line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0
+
+    def read(self) -> str:
+        """The lines that have become complete since the last call, at most MOST_AT_ONCE bytes of them.
+
+        Raises: OracleInconsistent when the log has become shorter.
+        """
+        try:
+            with self.path.open("rb") as file:
+                size = file.seek(0, 2)
+                if size < self._position:
+                    raise OracleInconsistent(
+                        f"{self.path} became shorter than what was read of it ({size} of {self._position} bytes): "
+                        "evidence of convergence can only be taken from a log that grows"
+                    )
+                file.seek(self._position)
+                data = file.read(MOST_AT_ONCE)
+        except FileNotFoundError:
+            return ""
+        complete = data[: data.rfind(b"\n") + 1] or (data if len(data) == MOST_AT_ONCE else b"")
+        self._position += len(complete)
+        return complete.decode(errors="replace")
+
+
 class Counter:
     """The lines of one log that carry a mark, since the frame began."""
 
@@ -47,8 +76,7 @@ class Counter:
         self.last = ""
         """The last such line."""
         self.mark = mark
-        self._path = folder / mark.file
-        self._position = 0
+        self._log = GrowingLog(folder / mark.file)
 
     def begin(self) -> None:
         """A new frame: count from 0, from where reading stopped."""
@@ -61,28 +89,11 @@ class Counter:
 
     def read(self) -> int:
         """Count the lines that are complete by now.  Raises: OracleInconsistent when the log has become shorter."""
-        while text := self._next_lines():
+        while text := self._log.read():
             for line in text.splitlines():
                 if self.mark.pattern.search(line):
                     self.count, self.last = self.count + 1, line.strip()
         return self.count
-
-    def _next_lines(self) -> str:
-        try:
-            with self._path.open("rb") as file:
-                size = file.seek(0, 2)
-                if size < self._position:
-                    raise OracleInconsistent(
-                        f"{self._path} became shorter than what was read of it ({size} of {self._position} bytes): "
-                        "evidence of convergence can only be taken from a log that grows"
-                    )
-                file.seek(self._position)
-                data = file.read(MOST_AT_ONCE)
-        except FileNotFoundError:
-            return ""
-        complete = data[: data.rfind(b"\n") + 1] or (data if len(data) == MOST_AT_ONCE else b"")
-        self._position += len(complete)
-        return complete.decode(errors="replace")
 
 
 class Evidence:

@@ -1,19 +1,15 @@
-"""One code that runs, and when it is started anew: it died, it failed, it is old, or the frame is of another kind."""
+"""One code that was started from a user's files and is an i-PI client, with its server and its logs."""
 
 from __future__ import annotations
 
-import logging
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from bnn_driver.errors import BnnError, OracleConfigError, OracleCrashed, OracleTimeout, SCFNotConverged
+from bnn_driver.errors import OracleConfigError, OracleCrashed, SCFNotConverged
 from bnn_driver.ipi.server import ForceServer
 from bnn_driver.ipi.transport import Endpoint
 from bnn_driver.records import Array
@@ -21,22 +17,11 @@ from bnn_driver.units import volume
 from oracles.guarded import Guarded
 from oracles.input_files import content_hash, fill, lay_out
 from oracles.log_evidence import Counter, Evidence, Mark
-from oracles.scrutiny import ERRORS, last_words
+from oracles.scrutiny import ERRORS
+from oracles.sessions import DEATH_SECONDS, EXIT_SECONDS, UNBUFFERED, start_in_words
 
-log = logging.getLogger(__name__)
-
-EXIT_SECONDS = 5.0
-"""For a code to end by itself after EXIT."""
-DEATH_SECONDS = 2.0
-"""For the process of a code that hung up to end, so that its exit status and last words are known."""
-KEPT = 3
-"""Folders of failed codes that are kept to be looked at."""
 VOLUME_CHANGE = 0.1
 """Relative change of the cell after which the code is started anew, so that its basis and grids belong to the cell."""
-UNBUFFERED = {"GFORTRAN_UNBUFFERED_PRECONNECTED": "1", "PYTHONUNBUFFERED": "1"}
-"""What makes codes write their standard output at once."""
-FOLDER = re.compile(r"ipi-code-(\d+)-\w+")
-"""Name of the folder of one start: process id of its driver, and what makes it unique."""
 OUTPUT = "stdout.txt"
 """What the code writes to standard output."""
 
@@ -119,9 +104,14 @@ class RunningCode:
         """Whether the command still runs."""
         return self._process.is_running
 
+    @property
+    def end(self) -> str:
+        """How the command ended, in words."""
+        return self._process.end
+
     def fits(self, plan: Plan) -> bool:
         """Whether this start can label what the plan is for."""
-        return self.is_running and self.labels < self.plan.restart_every and self.plan.same_kind(plan)
+        return self.labels < self.plan.restart_every and self.plan.same_kind(plan)
 
     def label(self, positions: Array, cell: Array) -> tuple[float, Array, Array, str]:
         """Energy eV, forces (A, 3) eV/Å, virial (3, 3) eV and evidence; after an error the code has to be stopped.
@@ -136,25 +126,15 @@ class RunningCode:
             self._evidence.begin()
             energy, forces, virial, _ = self._server.compute(positions, cell)
             line = self._evidence.collect(lambda: self.is_running)
-        except BnnError as error:
-            raise self._explained(error) from error
+        except OracleCrashed as error:
+            self._process.wait(DEATH_SECONDS)
+            if said := self._evidence.failure():
+                raise SCFNotConverged(f"{self.plan.code} left, and its log says {said!r}") from error
+            raise
         if self.labels == 0:
             self._check_version()
         self.labels += 1
-        start = "cold start" if self.labels == 1 else f"warm, frame {self.labels} since its start"
-        return energy, forces, virial, f"{line} ({start})"
-
-    def _explained(self, error: BnnError) -> BnnError:
-        """The error with what the code itself says about it."""
-        if isinstance(error, OracleCrashed):
-            self._process.wait(DEATH_SECONDS)
-            if line := self._evidence.failure():
-                return SCFNotConverged(f"{self.plan.code} left, and its log says {line!r}; its files are in {self.folder}")
-            files = dict.fromkeys((self.plan.converged.file, OUTPUT))
-            return OracleCrashed(f"{error} ({self._process.end})\n{last_words(self.folder, *files)}")
-        if isinstance(error, OracleTimeout):
-            return OracleTimeout(f"{error}; its files are in {self.folder}")
-        return type(error)(f"{self.plan.code}: {error}; its files are in {self.folder}")
+        return energy, forces, virial, f"{line} ({start_in_words(self.labels)})"
 
     def _check_version(self) -> None:
         mark = self.plan.version
@@ -167,49 +147,8 @@ class RunningCode:
             raise OracleConfigError(f"[oracle.socket] code = {self.plan.code!r}, but {said}: give name and version as they are")
 
     def stop(self, failed: bool) -> None:
-        """EXIT, and the end of its processes; the folder stays only after a failure."""
+        """EXIT, and the end of its processes."""
         self._server.__exit__(None, None, None)
         if not failed:
             self._process.wait(EXIT_SECONDS)
         self._process.stop()
-        if not failed:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class Holder:
-    """The code that runs now, if any."""
-
-    def __init__(self) -> None:
-        self._running: RunningCode | None = None
-        self._failed: list[Path] = []
-
-    def label(self, plan: Plan, positions: Array, cell: Array) -> tuple[float, Array, Array, str]:
-        """As `RunningCode.label`, by the running code where it fits, else by one that is started for the plan."""
-        if self._running is not None and not self._running.fits(plan):
-            if died := not self._running.is_running:
-                log.warning("%s ended between two labels; it is started again", plan.code)
-            self.stop(failed=died)
-        if self._running is None:
-            _clear_away()
-            folder = tempfile.mkdtemp(prefix=f"ipi-code-{os.getpid()}-", dir=Path.cwd())
-            self._running = RunningCode(plan, Path(folder))
-        return self._running.label(positions, cell)
-
-    def stop(self, failed: bool) -> None:
-        """End it; the folder of one that failed is kept for a while."""
-        running, self._running = self._running, None
-        if running is None:
-            return
-        running.stop(failed)
-        if failed:
-            self._failed.append(running.folder)
-            while len(self._failed) > KEPT:
-                shutil.rmtree(self._failed.pop(0), ignore_errors=True)
-
-
-def _clear_away() -> None:
-    """Remove the folders of codes whose driver is gone, but for the last few."""
-    ours = [(p, match[1]) for p in Path.cwd().iterdir() if (match := FOLDER.fullmatch(p.name))]
-    ended = [p for p, process in ours if not Path(f"/proc/{process}").exists()]
-    for folder in sorted(ended, key=lambda p: p.stat().st_mtime)[:-KEPT]:
-        shutil.rmtree(folder, ignore_errors=True)

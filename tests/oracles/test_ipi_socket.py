@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -38,25 +39,25 @@ def test_labels_come_from_one_running_code_and_say_so(make: Make, tmp_path: Path
         assert result.code == "Spring 1.0"
         said = "cold start" if number == 0 else f"warm, frame {number + 1} since its start"
         assert result.evidence == f"log: SCF converged in 7 steps ({said})"
-    assert len(list(tmp_path.glob("ipi-code-*"))) == 1
+    assert len(list(tmp_path.glob("socket-session-*"))) == 1
 
 
 def test_the_templates_are_filled_in_and_other_braces_stay(make: Make, tmp_path: Path) -> None:
     label(make(box="9 A", templates=["atoms", "vectors"]), WATER)
-    lines = next(tmp_path.glob("ipi-code-*/atoms")).read_text().splitlines()
+    lines = next(tmp_path.glob("socket-session-*/atoms")).read_text().splitlines()
     assert lines[:2] == ["charge 0, multiplicity 1, periodic false", "3 2 1 8 2 1 1"]
     shifted = WATER.positions[0] - WATER.positions[0].mean(axis=0) + 4.5
     assert [line.split()[0] for line in lines[2:5]] == ["O", "H", "H"]
     np.testing.assert_allclose([[float(x) for x in line.split()[1:]] for line in lines[2:5]], shifted, atol=1e-11)
     assert lines[5] == "{not a placeholder} ${HOME}"
-    np.testing.assert_allclose(np.loadtxt(next(tmp_path.glob("ipi-code-*/vectors"))), 9 * np.eye(3)[[0, 1, 2, 1]])
+    np.testing.assert_allclose(np.loadtxt(next(tmp_path.glob("socket-session-*/vectors"))), 9 * np.eye(3)[[0, 1, 2, 1]])
 
 
 def test_a_molecule_is_computed_in_the_middle_of_the_box(make: Make, tmp_path: Path) -> None:
     oracle = make(box="9 A")
     far = replace(WATER, positions=WATER.positions + 50.0)
     assert label(oracle, far).energy == pytest.approx(expected(WATER)[0], rel=1e-9)
-    folder = next(tmp_path.glob("ipi-code-*"))
+    folder = next(tmp_path.glob("socket-session-*"))
     np.testing.assert_allclose(np.loadtxt(folder / "positions").mean(axis=0), 4.5, atol=1e-9)
     np.testing.assert_allclose(np.loadtxt(folder / "cell"), 9 * np.eye(3), atol=1e-9)
     with pytest.raises(GeometryRejected, match="wall of a box of 9 Å"):
@@ -85,10 +86,10 @@ def test_without_evidence_there_is_no_label_and_the_code_is_started_anew(
     label(oracle, WATER)
     with pytest.raises(error, match=words) as caught:
         label(oracle, moved(0.1))
-    assert str(tmp_path / "ipi-code-") in str(caught.value)
+    assert str(tmp_path / "socket-session-") in str(caught.value)
     assert not left(tmp_path)
     assert "cold start" in label(oracle, moved(0.2)).evidence
-    assert len(list(tmp_path.glob("ipi-code-*"))) == 2  # the failed one is kept to be looked at
+    assert len(list(tmp_path.glob("socket-session-*"))) == 2  # the failed one is kept to be looked at
 
 
 def test_a_line_that_comes_late_is_waited_for(make: Make) -> None:
@@ -98,7 +99,7 @@ def test_a_line_that_comes_late_is_waited_for(make: Make) -> None:
 def test_a_straggling_line_of_one_frame_is_no_evidence_for_the_next(make: Make, tmp_path: Path) -> None:
     oracle = make("straggler,silent")
     label(oracle, WATER)
-    log = next(tmp_path.glob("ipi-code-*/log"))
+    log = next(tmp_path.glob("socket-session-*/log"))
     assert wait_until(lambda: log.read_text().count("SCF converged in") == 2)
     with pytest.raises(OracleInconsistent, match="2 lines"):
         label(oracle, moved(0.1))
@@ -171,7 +172,7 @@ def test_the_code_is_replaced_after_so_many_labels(make: Make, tmp_path: Path) -
     oracle = make(restart_every=2)
     warm = ["warm" in label(oracle, moved(0.01 * i)).evidence for i in range(5)]
     assert warm == [False, True, False, True, False]
-    assert len(list(tmp_path.glob("ipi-code-*"))) == 1
+    assert len(list(tmp_path.glob("socket-session-*"))) == 1
 
 
 def test_only_the_last_failures_are_kept(make: Make, tmp_path: Path) -> None:
@@ -180,13 +181,13 @@ def test_only_the_last_failures_are_kept(make: Make, tmp_path: Path) -> None:
     for i in range(5):
         with pytest.raises(SCFNotConverged) as caught:
             label(oracle, moved(0.01 * i))
-        folders.append(Path(str(caught.value).rpartition("files are in ")[2]))
-    assert set(tmp_path.glob("ipi-code-*")) == set(folders[-3:])
+        folders.append(Path(re.search(r"the end of (\S+)/log:", str(caught.value))[1]))
+    assert set(tmp_path.glob("socket-session-*")) == set(folders[-3:])
 
 
 def test_folders_of_a_killed_driver_are_cleared_away_and_nothing_else(make: Make, tmp_path: Path) -> None:
-    names = [f"ipi-code-{2**22 + 1}-{i}" for i in range(5)]  # beyond the largest process id of Linux
-    kept = ["ipi-code-mine", f"ipi-code-{os.getpid()}-x", "other"]
+    names = [f"socket-session-{2**22 + 1}-{i}" for i in range(5)]  # beyond the largest process id of Linux
+    kept = ["socket-session-mine", f"socket-session-{os.getpid()}-x", "other"]
     for i, name in enumerate([*names, *kept]):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (i, i))
@@ -256,7 +257,7 @@ def test_nothing_is_left_of_a_code_when_its_worker_is_killed(tmp_path: Path, how
             workers[0].kill()
         else:
             executor.shutdown(wait=False)
-    child = int(next(tmp_path.glob("work/*/ipi-code-*/child")).read_text())
+    child = int(next(tmp_path.glob("work/*/socket-session-*/child")).read_text())
     assert wait_until(lambda: not left(tmp_path))
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     assert not list(Path("/tmp").glob(Path(prefix).name + "*"))
