@@ -52,14 +52,14 @@ class Model:
         return dict(self.potential.weights) | head
 
 
-def read_system(config: Config, base: Path) -> tuple[Frames, IpiInput | None]:
-    """The atoms of the run, from the i-PI input or from [system] structure.
+def read_system(config: Config, base: Path, walker: str = "") -> tuple[Frames, IpiInput | None]:
+    """The atoms of the run, from the i-PI input (of a walker) or from [system] structure.
 
     Raises: ConfigError when neither is given or the file cannot be used.
     """
     system = config.system
-    if config.ipi.input:
-        found = read_input(base / config.ipi.input)
+    if xml := config.ipi.input_of(walker):
+        found = read_input(base / xml)
         numbers, positions, cell = found.numbers, found.positions, found.cell
     elif system.structure:
         found = None

@@ -75,6 +75,9 @@ class History:
     segments: list[list[dict[str, Any]]] = field(default_factory=list)
     """Events other than decisions, by start."""
     last_step: int = 0
+    """Of the walker that is ahead, or of the only simulation."""
+    walkers: dict[str, int] = field(default_factory=dict)
+    """Walker -> its last step; empty for a run of one simulation."""
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """All events of one kind, except decisions, which stand in `decisions`."""
@@ -151,28 +154,43 @@ def _follow_events(history: History, run: RunDirectory) -> None:
     state = history.promise.calibration
     confidence = history.promise.confidence or 0.95
     rows: list[tuple[float, float, float, float]] = []
-    for segment in read_segments(run.events_dir):
-        kept = []
-        for event in segment:
-            history.last_step = max(history.last_step, int(event.get("steps" if event["kind"] == "clock" else "step", 0)))
-            if event["kind"] == "decision":
-                sd = float(event["energy_predictive_sd"])
-                spread = (
-                    (np.nan, np.nan) if state is None else (float(state.calibrated_sd(sd)), float(state.quantile(sd, confidence)))
-                )
-                rows.append((float(event["step"]), sd, *spread))
-                continue
-            kept.append(event)
-            label = judged.get(event.get("frame_id", "")) if event["kind"] == "label" else None
-            if label is not None and state is not None and label.frame_id not in history.calibrated:
-                history.calibrated[label.frame_id] = float(state.calibrated_sd(label.sd))
-                if label.counts_for_calibration and label.sd > 0:
-                    state = state.observe(label.error, label.sd)
-            if event["kind"] == "swap":
-                history.swaps.append(int(event["step"]))
-        history.segments.append(kept)
+    steps: dict[str, int] = {}
+    segments: dict[str, list[dict[str, Any]]] = {}
+    for walker, start, event in _events_in_order(run):
+        kept = segments.setdefault(start, [])
+        steps[walker] = max(steps.get(walker, 0), int(event.get("steps" if event["kind"] == "clock" else "step", 0)))
+        if event["kind"] == "decision":
+            sd = float(event["energy_predictive_sd"])
+            spread = (
+                (np.nan, np.nan) if state is None else (float(state.calibrated_sd(sd)), float(state.quantile(sd, confidence)))
+            )
+            rows.append((float(event["step"]), sd, *spread))
+            continue
+        kept.append(event)
+        label = judged.get(event.get("frame_id", "")) if event["kind"] == "label" else None
+        if label is not None and state is not None and label.frame_id not in history.calibrated:
+            history.calibrated[label.frame_id] = float(state.calibrated_sd(label.sd))
+            if label.counts_for_calibration and label.sd > 0:
+                state = state.observe(label.error, label.sd)
+        if event["kind"] == "swap":
+            history.swaps.append(int(event["step"]))
+    history.segments = list(segments.values())
+    history.last_step = max(steps.values(), default=0)
+    history.walkers = {name: steps[name] for name in run.walkers() if name in steps}
     table = np.array(rows).reshape(-1, 4)
     history.decisions = dict(zip(("step", "sd", "sd_calibrated", "bound"), table.T, strict=True))
+
+
+def _events_in_order(run: RunDirectory) -> list[tuple[str, str, dict[str, Any]]]:
+    """Every event with its walker and the name of its start: start by start, or in order of time when there are several walkers."""
+    walkers = run.walkers()
+    found = [
+        (walker, f"{walker}/{number}", event)
+        for walker in ["", *walkers]
+        for number, segment in enumerate(read_segments(RunDirectory(run.path, walker).events_dir))
+        for event in segment
+    ]
+    return sorted(found, key=lambda item: float(item[2]["time"])) if walkers else found
 
 
 def _section(settings: dict[str, Any], name: str, key: str) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def summary(run_path: Path) -> dict[str, Any]:
         audit["interval"] = [0.0, 1.0]
     stops = history.of_kind("stop")
     return {
-        "steps": history.last_step,
+        "steps": sum(history.walkers.values()) or history.last_step,
+        "walkers": history.walkers,
         "labels": history.total_labels,
         "generation": weights.latest(RunDirectory.existing(Path(run_path)).generations_dir),
         "calls": _errors(calls, promise),
@@ -103,7 +104,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     unit = summary["accuracy_unit"]
     calls, audit, clock = summary["calls"], summary["audit"], summary["seconds"]
     lines = [
-        _line("steps", f"{summary['steps']}"),
+        _line("steps", f"{summary['steps']}" + _walkers(summary["walkers"])),
         _line("labels", f"{summary['labels']}  ({calls['count']} asked, {audit['count']} audits, the rest first or imported)"),
         _line("generation", "none" if summary["generation"] is None else f"{summary['generation']}"),
         _line("accuracy", f"{_energy(summary['accuracy'], unit)}" + _with_confidence(summary["confidence"])),
@@ -124,6 +125,10 @@ def render_summary(summary: dict[str, Any]) -> str:
     if summary["stopped"]:
         lines.append(_line("stopped", summary["stopped"]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _walkers(steps: dict[str, int]) -> str:
+    return f"  ({', '.join(f'{name} {step}' for name, step in steps.items())})" if steps else ""
 
 
 def _line(name: str, text: str) -> str:
