@@ -23,13 +23,23 @@ ConfigFile = Annotated[Path, typer.Argument(help="the run's TOML file")]
 RunFolder = Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")]
 
 
+Walker = Annotated[str, typer.Option("--walker", help="only this one of [ipi.walkers]")]
+
+
 @app.command()
-def run(config: ConfigFile) -> None:
+def run(config: ConfigFile, walker: Walker = "") -> None:
     """Start i-PI on the input, drive it within the promised accuracy; the same command resumes."""
-    from bnn_driver.loops.session import run_session
+    from bnn_driver.config import read_config
     from bnn_driver.report.numbers import render_summary, summary
 
-    folder = run_session(config)
+    if read_config(config).ipi.walkers and not walker:
+        from bnn_driver.loops.walkers import run_walkers
+
+        folder = run_walkers(config)
+    else:
+        from bnn_driver.loops.session import run_session
+
+        folder = run_session(config, walker)
     typer.echo(render_summary(summary(folder)))
 
 
@@ -43,13 +53,14 @@ def serve(
     port: Annotated[int, typer.Option("-p", "--port", help="TCP port")] = 65535,
     prefix: Annotated[str, typer.Option("-S", "--sockets-prefix", help="as in the XML")] = "/tmp/ipi_",
     shm: Annotated[bool, typer.Option("--shm", help="shared memory (ffsocket mode='shm')")] = False,
+    walker: Walker = "",
 ) -> None:
     """Drive an i-PI that you started yourself: nothing in its XML but the socket."""
     from bnn_driver.loops.session import serve_session
     from bnn_driver.report.numbers import render_summary, summary
 
     folder = serve_session(
-        config, unix=unix or shm, addresses=address or ["localhost"], port=port, prefix=prefix, shared_memory=shm
+        config, unix=unix or shm, addresses=address or ["localhost"], port=port, prefix=prefix, shared_memory=shm, walker=walker
     )
     typer.echo(render_summary(summary(folder)))
 

@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
 MARK = "# i-PI started on "
-# ends i-PI (SIGTERM: it writes RESTART) when this process dies, however it dies; the last line closes the race at the start
+# argv: this process, then a command that is ended (SIGTERM: i-PI writes RESTART) when this process dies, however it dies
 LAUNCH = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     if os.getppid() != int(sys.argv[1]):
-        sys.exit("the driver died before i-PI started")
+        sys.exit("the parent died before this process started")
 os.execv(sys.argv[2], sys.argv[2:])
 """
 

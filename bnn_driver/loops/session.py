@@ -57,21 +57,23 @@ DEFAULT_AUDIT_PROBABILITY = 1e-3
 """When the number of steps is unknown and none is configured."""
 
 
-def run_session(config_file: Path) -> Path:
+def run_session(config_file: Path, walker: str = "") -> Path:
     """Start i-PI, drive it to its last step, and return the run directory; the same call resumes.
 
+    Args: walker: one of [ipi.walkers]; empty: the only simulation, [ipi] input.
     Raises: CleanStop on Ctrl-C or SIGTERM; every other error of `bnn_driver.errors`.
     """
     config, base = read_config(config_file), config_file.absolute().parent
-    if not config.ipi.input:
+    xml = config.ipi.input_of(walker)
+    if not xml:
         raise ConfigError(f"{config_file}: ipi.input is missing: `run` starts i-PI on it; with `serve` you start i-PI yourself")
-    run = RunDirectory(base / config.run.directory)
+    run = RunDirectory(base / config.run.directory, walker)
     with _stop_on_signals(), run.lock("driver"), ExitStack() as stack:
-        frames, ipi_input = read_system(config, base)
+        frames, ipi_input = read_system(config, base, walker)
         if ipi_input is None:
             raise ConfigError(f"{config_file}: ipi.input names no i-PI input")
         _check_input(ipi_input, config)
-        simulation = IpiProcess(base / config.ipi.input, run.ipi_dir, run.log_dir / "ipi.log")
+        simulation = IpiProcess(base / xml, run.ipi_dir, run.log_dir / "ipi.log")
         done = simulation.reached()
         session = stack.enter_context(_open(config, config_file, run, frames, ipi_input, done))
         if simulation.finished():
@@ -95,13 +97,16 @@ def run_session(config_file: Path) -> Path:
     return run.path
 
 
-def serve_session(config_file: Path, *, unix: bool, addresses: list[str], port: int, prefix: str, shared_memory: bool) -> Path:
+def serve_session(
+    config_file: Path, *, unix: bool, addresses: list[str], port: int, prefix: str, shared_memory: bool, walker: str = ""
+) -> Path:
     """Drive an i-PI that somebody else started, until it says EXIT.  Raises: as `run_session`."""
     config, base = read_config(config_file), config_file.absolute().parent
-    run = RunDirectory(base / config.run.directory)
+    config.ipi.input_of(walker)
+    run = RunDirectory(base / config.run.directory, walker)
     endpoints = [Endpoint("unix", a, prefix=prefix) if unix else Endpoint("inet", a, port) for a in addresses]
     with _stop_on_signals(), run.lock("driver"):
-        frames, ipi_input = read_system(config, base)
+        frames, ipi_input = read_system(config, base, walker)
         if ipi_input is not None:
             _check_input(ipi_input, config)
         with _open(config, config_file, run, frames, ipi_input, ipi_input.step if ipi_input else 0) as session:
@@ -216,7 +221,7 @@ def _open(
         stack.callback(trainer.stop)
         labelling = _labelling(config, options, run, oracle, stack)
         progress = Progress(ipi_input.total_steps if ipi_input else None, done)
-        driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress)
+        driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress, run.walker)
         driver.announce_missing(announced)
         driver.ensemble.predict(frames)
         driver.foundation.predict(frames)
@@ -225,12 +230,12 @@ def _open(
 
 def _labelling(config: Config, options: dict[str, Any], run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
     o = config.oracle
-    spool = run.oracle_dir / "spool"
+    spool = run.spool_dir
     limits = Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
     executor = LocalExecutor(o.kind, options, o.workers, o.timeout, run.oracle_dir / "work", o.threads, spool, limits=limits)
     stack.callback(executor.shutdown, wait=False)
     name = fingerprint(oracle)
-    labelling = Labelling(LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, o.max_labels)
+    labelling = Labelling(LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, o.max_labels, run.walker)
     labelling.recover(lambda frame_id: read_done(spool, frame_id))
     return labelling
 
@@ -246,11 +251,13 @@ def _driver(
     labelling: Labelling,
     events: EventLog,
     progress: Progress,
+    walker: str,
 ) -> Driver:
     batched = ipi_input is not None and ipi_input.batch_size > 1
     settings = DriverSettings(
         frames.numbers, frames.periodic, frames.charge, frames.multiplicity, config.sanity.min_distance,
         config.sanity.max_force, config.trainer.max_lag, config.output.stride, config.output.extras, config.run.seed, config.accuracy.energy,
+        walker, config.oracle.workers if config.oracle.ask == "worst" else None,
     )  # fmt: skip
     ensemble = make_ensemble(model, trainer.load(trainer.newest()), config)
     foundation = make_ensemble(model, foundation_generation(model, 1), config)
@@ -269,7 +276,8 @@ def _audit_probability(config: Config, ipi_input: IpiInput | None) -> float:
         return config.audit.probability
     if ipi_input is None or not ipi_input.total_steps:
         return DEFAULT_AUDIT_PROBABILITY
-    return min(1.0, config.audit.expected / (ipi_input.total_steps * _frames_per_step(ipi_input)))
+    walkers = max(1, len(config.ipi.walkers))
+    return min(1.0, config.audit.expected / (walkers * ipi_input.total_steps * _frames_per_step(ipi_input)))
 
 
 def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], shared_memory: bool, driver: Driver) -> Client:

@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,20 +89,12 @@ def failed_labels(folder: Path) -> set[str]:
     return set(json.loads(file.read_text())) if file.exists() else set()
 
 
-def end_with_parent() -> None:
-    """End this process at once when standard input closes, which it does when the parent is gone, however it ended."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @dataclass
 class TrainerProcess:
-    """The driver's view of the trainer: starts it, restarts it when it died, and waits for its generations."""
+    """The driver's view of the trainer: starts it, restarts it when it died, and waits for its generations.
+
+    Of the trainers of several walkers one learns for all; the others wait for its lock, and the next takes over when it ends.
+    """
 
     run: RunDirectory
     threads: int

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 
 from bnn_driver.config import read_config
 from bnn_driver.errors import BnnError
-from bnn_driver.loops.assembly import load_model, make_distances, make_learner, settle
-from bnn_driver.loops.trainer import end_with_parent, serve_updates
 from bnn_driver.store.run import RunDirectory, read_json
 
 
 def main() -> None:
-    """Learn labels until the driver is gone."""
-    end_with_parent()
+    """Learn labels until the driver is gone; while another walker's trainer does so, stand by to take over."""
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver ends this process
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     run = RunDirectory.existing(Path(sys.argv[1]))
     try:
-        config, settings = read_config(run.path / "bnn.toml"), read_json(run.settings_file)
-        settle(config.trainer.threads)
-        with run.lock("trainer"):
+        with run.lock("trainer", wait=True):
+            # imported now: torch and a model take hundreds of MiB, which a trainer that only stands by need not hold
+            from bnn_driver.loops.assembly import load_model, make_distances, make_learner, settle
+            from bnn_driver.loops.trainer import serve_updates
+
+            config, settings = read_config(run.path / "bnn.toml"), read_json(run.settings_file)
+            settle(config.trainer.threads)
             base, numbers = Path(settings["effective"]["base"]), np.array(settings["physics"]["numbers"])
             model = load_model(config, base, numbers, config.trainer.device)
             learner = make_learner(model.potential, model.noise, config.ensemble, config.run.seed)
@@ -35,6 +39,17 @@ def main() -> None:
     except BnnError as error:
         logging.getLogger(__name__).error("%s", error)
         sys.exit(error.exit_code)
+
+
+def _end_with_parent() -> None:
+    """End this process at once when standard input closes, which it does when the parent is gone, however it ended."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
