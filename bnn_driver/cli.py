@@ -16,20 +16,26 @@ from bnn_driver.errors import BnnError, ConfigError
 SUMMARY = """An i-PI driver that keeps a simulation with a machine-learned potential within a promised accuracy.
 
 Exit codes: 0 done, 2 usage or config, 3 environment, 4 oracle failed, 5 sampling diverged, 6 i-PI gone, 7 a guard stopped the run,
-75 stopped on request (the same command goes on)."""
+75 stopped on request or before the end of the job (the same command goes on)."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=SUMMARY)
 ConfigFile = Annotated[Path, typer.Argument(help="the run's TOML file")]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        "--until", help='stop in time for "23:30", "2026-03-01 06:00" or "2 h" from now, exit 75; default: the end of the job'
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")]
 
 
 @app.command()
-def run(config: ConfigFile) -> None:
+def run(config: ConfigFile, until: Until = None) -> None:
     """Start i-PI on the input, drive it within the promised accuracy; the same command resumes."""
     from bnn_driver.loops.session import run_session
     from bnn_driver.report.numbers import render_summary, summary
 
-    folder = run_session(config)
+    folder = run_session(config, until)
     typer.echo(render_summary(summary(folder)))
 
 
@@ -43,13 +49,14 @@ def serve(
     port: Annotated[int, typer.Option("-p", "--port", help="TCP port")] = 65535,
     prefix: Annotated[str, typer.Option("-S", "--sockets-prefix", help="as in the XML")] = "/tmp/ipi_",
     shm: Annotated[bool, typer.Option("--shm", help="shared memory (ffsocket mode='shm')")] = False,
+    until: Until = None,
 ) -> None:
     """Drive an i-PI that you started yourself: nothing in its XML but the socket."""
     from bnn_driver.loops.session import serve_session
     from bnn_driver.report.numbers import render_summary, summary
 
     folder = serve_session(
-        config, unix=unix or shm, addresses=address or ["localhost"], port=port, prefix=prefix, shared_memory=shm
+        config, unix=unix or shm, addresses=address or ["localhost"], port=port, prefix=prefix, shared_memory=shm, until=until
     )
     typer.echo(render_summary(summary(folder)))
 

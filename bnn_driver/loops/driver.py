@@ -113,6 +113,8 @@ class Driver:
             self.calibrations = policy.observe(self.calibrations, item, self.offset)
             if item.context["audit"] and self._same_promise(item):
                 self._observe_audit(item)
+        self.before_asking: Callable[[int], None] = lambda count: None
+        """Called with the number of labels about to be asked for; may raise instead."""
         self._replied = time.monotonic()
 
     @property
@@ -181,6 +183,7 @@ class Driver:
                 self.labelling.audit(frames[b], self._context(frames, prediction, decision, b), self.warn)
             self._record(decision, b)
         if asked:
+            self.before_asking(len(asked))
             begin = time.monotonic()
             contexts = [self._context(frames, prediction, decisions[b], b) for b in asked]
             answers = self.labelling.ask([frames[b] for b in asked], contexts)

@@ -23,6 +23,7 @@ from bnn_driver.config import Config, read_config
 from bnn_driver.errors import BnnError, CleanStop, ConfigError, IpiGone
 from bnn_driver.executors import LocalExecutor
 from bnn_driver.ipi.client import Client
+from bnn_driver.ipi.foreign import ask_to_stop
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess
 from bnn_driver.ipi.transport import Endpoint
 from bnn_driver.loops.assembly import (
@@ -41,6 +42,7 @@ from bnn_driver.loops.driver import Driver, DriverSettings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.trainer import TrainerProcess
+from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
 from bnn_driver.oracle import Limits, Oracle, absolute_paths, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
@@ -57,23 +59,25 @@ DEFAULT_AUDIT_PROBABILITY = 1e-3
 """When the number of steps is unknown and none is configured."""
 
 
-def run_session(config_file: Path) -> Path:
+def run_session(config_file: Path, until: str | None = None) -> Path:
     """Start i-PI, drive it to its last step, and return the run directory; the same call resumes.
 
-    Raises: CleanStop on Ctrl-C or SIGTERM; every other error of `bnn_driver.errors`.
+    Args: until: when to stop, as --until has it; None: in time for the end of the scheduler's job, where there is one.
+    Raises: CleanStop on Ctrl-C or SIGTERM, WallLimit before the end; every other error of `bnn_driver.errors`.
     """
     config, base = read_config(config_file), config_file.absolute().parent
     if not config.ipi.input:
         raise ConfigError(f"{config_file}: ipi.input is missing: `run` starts i-PI on it; with `serve` you start i-PI yourself")
+    clock = WallClock(find_end(until), config.run.margin)
     run = RunDirectory(base / config.run.directory)
-    with _stop_on_signals(), run.lock("driver"), ExitStack() as stack:
+    with _stop_on_signals(), clock.armed(), run.lock("driver"), ExitStack() as stack:
         frames, ipi_input = read_system(config, base)
         if ipi_input is None:
             raise ConfigError(f"{config_file}: ipi.input names no i-PI input")
         _check_input(ipi_input, config)
         simulation = IpiProcess(base / config.ipi.input, run.ipi_dir, run.log_dir / "ipi.log")
         done = simulation.reached()
-        session = stack.enter_context(_open(config, config_file, run, frames, ipi_input, done))
+        session = stack.enter_context(_open(config, config_file, run, frames, ipi_input, done, clock))
         if simulation.finished():
             session.finish("finished", wait_for_audits=True)
             return run.path
@@ -95,17 +99,31 @@ def run_session(config_file: Path) -> Path:
     return run.path
 
 
-def serve_session(config_file: Path, *, unix: bool, addresses: list[str], port: int, prefix: str, shared_memory: bool) -> Path:
-    """Drive an i-PI that somebody else started, until it says EXIT.  Raises: as `run_session`."""
+def serve_session(
+    config_file: Path,
+    *,
+    unix: bool,
+    addresses: list[str],
+    port: int,
+    prefix: str,
+    shared_memory: bool,
+    until: str | None = None,
+) -> Path:
+    """Drive an i-PI that somebody else started, until it says EXIT.  Args, Raises: as `run_session`."""
     config, base = read_config(config_file), config_file.absolute().parent
+    clock = WallClock(find_end(until), config.run.margin)
     run = RunDirectory(base / config.run.directory)
     endpoints = [Endpoint("unix", a, prefix=prefix) if unix else Endpoint("inet", a, port) for a in addresses]
-    with _stop_on_signals(), run.lock("driver"):
+    with _stop_on_signals(), clock.armed(), run.lock("driver"):
         frames, ipi_input = read_system(config, base)
         if ipi_input is not None:
             _check_input(ipi_input, config)
-        with _open(config, config_file, run, frames, ipi_input, ipi_input.step if ipi_input else 0) as session:
-            session.serve(_client(config, endpoints, shared_memory, session.driver))
+        with _open(config, config_file, run, frames, ipi_input, ipi_input.step if ipi_input else 0, clock) as session:
+            try:
+                session.serve(_client(config, endpoints, shared_memory, session.driver))
+            except TimeIsUp:
+                ask_to_stop(endpoints, STOP_SECONDS)
+                raise
             session.finish("i-PI said EXIT", wait_for_audits=True)
     return run.path
 
@@ -159,6 +177,12 @@ class Session:
     label_seconds: float
     """Time limit of a label."""
     workers: int
+    clock: WallClock
+
+    def __post_init__(self) -> None:
+        self._at_first = self._reached()
+        self.driver.before_asking = self._check_time
+        self.clock.progressed = self._progressed
 
     def serve(self, client: Client, wait_for_ipi: Callable[[], None] = lambda: None) -> None:
         """Answer i-PI until it ends.  Raises: CleanStop on Ctrl-C or SIGTERM."""
@@ -167,9 +191,9 @@ class Session:
             client.serve()
         except (Exception, KeyboardInterrupt) as error:
             client.close()
-            reason = "stopped on request" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            self.clock.disarm()  # from here on it is stopping
             try:
-                self.finish(reason)
+                self.finish(_reason(error))
             except BnnError as second:
                 log.error("while the books were closed: %s", second)
             raise
@@ -179,20 +203,52 @@ class Session:
     def begin_at(self, step: int) -> None:
         """The step at which i-PI really starts: an i-PI that a killed driver left may have gone further than it seemed."""
         self.driver.counter.first_step = self.progress.first_step = step
+        self._at_first = self._reached()
 
     def finish(self, reason: str, *, wait_for_audits: bool = False) -> None:
         """Take the audits that have come, or all that are in flight, and close the books."""
         in_flight = self.driver.labelling.audits_in_flight
         if wait_for_audits and in_flight:
             self.progress.show(self.driver.step, f"waiting for {in_flight} audits", force=True)
-        self.driver.finish(self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
-        self.events.append("stop", reason=reason, step=self.driver.step)
-        self.progress.finish()
+        try:
+            self.driver.finish(self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
+        except KeyboardInterrupt as error:
+            reason = f"{reason}; {_reason(error)}"
+            raise
+        finally:
+            self.events.append("stop", reason=reason, step=self.driver.step)
+            self.progress.finish()
+
+    def _progressed(self) -> bool:
+        """Whether this start has brought the run forward."""
+        return any(now > then for now, then in zip(self._reached(), self._at_first, strict=True))
+
+    def _reached(self) -> tuple[int, int, int]:
+        """Step, labels, generation."""
+        return self.driver.step, len(self.driver.labelling.store), self.driver.chains.newest()
+
+    def _check_time(self, count: int) -> None:
+        """Before labels are asked for.  Raises: TimeIsUp when they cannot finish."""
+        slowest = max((item.label.seconds for item in self.driver.labelling.store.all()), default=None)
+        self.clock.check_labels(count, slowest, self.workers, self.label_seconds)
+
+
+def _reason(error: BaseException) -> str:
+    """Of a stop, for the events."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "stopped on request"
+    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
 def _open(
-    config: Config, config_file: Path, run: RunDirectory, frames: Frames, ipi_input: IpiInput | None, done: int
+    config: Config,
+    config_file: Path,
+    run: RunDirectory,
+    frames: Frames,
+    ipi_input: IpiInput | None,
+    done: int,
+    clock: WallClock,
 ) -> Iterator[Session]:
     """All parts but i-PI, warm and ready; stopped when the context ends."""
     settle(config.potential.threads)
@@ -220,7 +276,7 @@ def _open(
         driver.announce_missing(announced)
         driver.ensemble.predict(frames)
         driver.foundation.predict(frames)
-        yield Session(driver, events, progress, config.oracle.timeout, config.oracle.workers)
+        yield Session(driver, events, progress, config.oracle.timeout, config.oracle.workers, clock)
 
 
 def _labelling(config: Config, options: dict[str, Any], run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
