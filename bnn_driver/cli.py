@@ -95,11 +95,16 @@ def export(
 
 
 @app.command()
-def check(config: ConfigFile) -> None:
-    """Validate config, i-PI input, model and oracle settings without running anything."""
-    from bnn_driver.loops.session import check_session
+def check(
+    config: ConfigFile,
+    label: Annotated[
+        bool, typer.Option("--label", help="also have the oracle label the start structure, five to seven times")
+    ] = False,
+) -> None:
+    """Try config, i-PI input, socket, model, oracle and run directory without running; says what `run` would do and cost."""
+    from bnn_driver.loops.checking import check_session
 
-    typer.echo(check_session(config))
+    check_session(config, lambda name, text: typer.echo(f"{name:<12}{text}" if name else text), label=label)
 
 
 def _run_folder(path: Path) -> Path:

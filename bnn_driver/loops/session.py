@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from bnn_driver.loops.assembly import (
     Model,
     foundation_generation,
     load_model,
-    make_distances,
     make_ensemble,
     make_policy,
     physics,
@@ -39,6 +37,7 @@ from bnn_driver.loops.assembly import (
 )
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
+from bnn_driver.loops.findings import input_findings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.trainer import TrainerProcess
@@ -126,45 +125,6 @@ def serve_session(
                 raise
             session.finish("i-PI said EXIT", wait_for_audits=True)
     return run.path
-
-
-def check_session(config_file: Path) -> str:
-    """Everything that can be validated without running: config, i-PI input, model, oracle settings, one prediction."""
-    config, base = read_config(config_file), config_file.absolute().parent
-    settle(config.potential.threads)
-    frames, ipi_input = read_system(config, base)
-    oracle = load_oracle(config.oracle.kind, absolute_paths(config.oracle.kind, config.oracle.options, base))
-    oracle.check(frames)
-    make_policy(config, frames.numbers, 0.0)
-    model = load_model(config, base, frames.numbers, config.potential.device)
-    generation = foundation_generation(model, config.ensemble.members)
-    ensemble = make_ensemble(model, generation, config)
-    ensemble.predict(frames)
-    begin = time.monotonic()
-    ensemble.predict(frames)
-    milliseconds = 1e3 * (time.monotonic() - begin)
-    where = ", ".join(str(e) for e in ipi_input.endpoints) if ipi_input else "given to serve"
-    sampled = sum(x.numel() for x in model.foundation_weights().values())
-    return "\n".join(
-        [
-            f"atoms      {len(frames.numbers)}, {'periodic' if frames.periodic else 'molecule'}, charge {frames.charge:+d}, "
-            f"multiplicity {frames.multiplicity}",
-            f"i-PI       {where}; {ipi_input.n_beads if ipi_input else '?'} beads, {ipi_input.total_steps if ipi_input else '?'} steps",
-            f"potential  {config.potential.model}: {model.potential.path}",
-            f"sampled    {sampled} weights per member, {config.ensemble.members} members, {milliseconds:.1f} ms per prediction",
-            f"recipe     {config.ensemble.recipe}; distance to the labels {_distance(config, model)}",
-            *(f"fixed      {reason}" for reason in model.potential.never_sampled),
-            f"oracle     {oracle.code}, fingerprint {fingerprint(oracle)[:12]}",
-            "everything that can be checked without running is in order",
-        ]
-    )
-
-
-def _distance(config: Config, model: Model) -> str:
-    """Whether the variance of energies grows with it."""
-    if make_distances(model.potential, model.noise, config.ensemble) is None:
-        return "off" if config.ensemble.distance == "off" else "not to be had with this potential"
-    return "in the variance of energies"
 
 
 @dataclass
@@ -340,21 +300,9 @@ def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], sh
 
 
 def _check_input(found: IpiInput, config: Config) -> None:
-    """Settings of the i-PI input that would spoil the run.  Raises: ConfigError."""
-    if 0 < found.timeout < config.oracle.timeout:
-        raise ConfigError(
-            f"{found.path}: <timeout> is {found.timeout:g} s, but a label may take {config.oracle.timeout:g} s ([oracle] timeout): "
-            "i-PI would drop the driver in the middle of it; remove <timeout> or make it longer"
-        )
-    if found.pbc and not config.system.periodic:
-        raise ConfigError(
-            f"{found.path}: <ffsocket pbc='true'> folds every atom by itself into the cell, and molecules come torn apart, "
-            "but [system] periodic = false; write pbc='false'"
-        )
-    if found.exit_on_disconnect:
-        log.warning("%s: <exit_on_disconnect> ends the simulation when the driver stops; the same command goes on", found.path)
-    if found.checkpoint_stride is None:
-        log.warning("%s: no <checkpoint>: a crash of i-PI loses the run back to its start; add one to <output>", found.path)
+    """Raises: ConfigError for settings of the i-PI input that would spoil the run."""
+    for text in input_findings(found, config):
+        log.warning("%s", text)
 
 
 def _effective(config: Config, base: Path) -> dict[str, object]:
