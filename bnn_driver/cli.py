@@ -107,6 +107,20 @@ def check(
     check_session(config, lambda name, text: typer.echo(f"{name:<12}{text}" if name else text), label=label)
 
 
+@app.command()
+def doctor(folder: Annotated[Path, typer.Argument(help="where a run would live")] = Path()) -> None:
+    """What this machine has of what a run needs: versions, GPU, kernels, oracles, codes, scheduler, file system."""
+    from bnn_driver.loops.doctor import Finding, examine
+
+    def say(finding: Finding) -> None:
+        typer.echo(f"{finding.name:<16}{finding.text}")
+        if finding.remedy:
+            typer.echo(f"{'':<16}{'BROKEN' if finding.required else 'PROBLEM'}: {finding.remedy}")
+
+    examine(folder, say)
+    typer.echo("nothing that every run needs is missing")
+
+
 def _run_folder(path: Path) -> Path:
     """The run directory behind a TOML file, a run directory, or a folder with a bnn.toml."""
     from bnn_driver.config import read_config

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-import psutil
-
 COMMAND_SECONDS = 20.0
 """How long a scheduler may take to answer."""
 
@@ -99,5 +97,7 @@ def _date(text: str, parse: Callable[[str], datetime]) -> float | None:
 
 def _first_shell() -> float:
     """s since 1970 when the oldest ancestor of this process that belongs to its user began: the job's own shell."""
+    import psutil  # here, as `doctor` uses this file also where it is not installed
+
     user, here = os.getuid(), psutil.Process()
     return min(p.create_time() for p in [here, *here.parents()] if p == here or p.uids().real == user)
