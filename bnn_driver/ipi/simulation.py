@@ -159,7 +159,7 @@ class IpiProcess:
                 text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", str(source.resolve()), text)
             elif overwrite or not (self.folder / name).exists():
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, self.folder / name)
+                shutil.copyfile(source, self.folder / name)  # not its mode: the umask rules
         return text
 
     @property
