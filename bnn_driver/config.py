@@ -49,6 +49,8 @@ class Run(_Section):
     directory: str = "run"
     """Relative to the config file."""
     seed: int = Field(default=1, ge=0)
+    margin: Seconds = "2 min"  # type: ignore[assignment]
+    """Kept before the end of the job (or --until) for stopping alone: i-PI writes its RESTART, processes end.  No label need fit in."""
 
 
 class Ipi(_Section):

@@ -116,6 +116,8 @@ class Driver:
         self.coverage = {criterion.name: Coverage() for criterion in policy.criteria}
         self._observed: set[str] = set()
         self._take_new_labels(told=False)
+        self.before_asking: Callable[[int], None] = lambda count: None
+        """Called with the number of labels about to be asked for; may raise instead."""
         self._replied = time.monotonic()
 
     @property
@@ -224,6 +226,7 @@ class Driver:
         # beads of one ring must not be served by different weights
         whole_ring = self.counter.at_ring_start
         chosen = worst_first[: self.settings.ask_at_once] if whole_ring else worst_first
+        self.before_asking(len(chosen))
         contexts = [self._context(frames, prediction, decisions[b], b) for b in chosen]
         changed = partial(self._has_new_weights, prediction.generation) if whole_ring else None
         answers = self.labelling.ask([frames[b] for b in chosen], contexts, changed)
