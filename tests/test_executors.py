@@ -85,7 +85,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1\n")
     (information / "entry_points.txt").write_text("[bnn_driver.oracles]\nfaulty = faulty_oracle:Faulty\n")
     monkeypatch.syspath_prepend(str(package))
-    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.setenv("PYTHONPATH", str(package), prepend=os.pathsep)
     started: list[LocalExecutor] = []
 
     def start(timeout: float = 20.0, workers: int = 1) -> LocalExecutor:
@@ -336,10 +336,10 @@ def test_a_label_written_just_before_the_end_is_kept(faulty: Callable[..., Local
 
 
 def test_every_error_of_the_oracle_tree_keeps_its_class() -> None:
-    from bnn_driver.executors import _error
+    from bnn_driver.executors.messages import error_from_facts, error_to_facts
 
     tree = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, OracleError)]
     assert len(tree) > 6
     for kind in tree:
-        assert type(_error(kind.__name__, "text")) is kind
-    assert type(_error("SystemExit", "text")) is OracleCrashed
+        assert type(error_from_facts(error_to_facts(kind("text")))) is kind
+    assert type(error_from_facts({"error": "SystemExit", "message": "text"})) is OracleCrashed
