@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -25,12 +26,15 @@ from oracles.scrutiny import ERRORS
 Result = TypeVar("Result")
 Keep = Literal["none", "failed", "all"]
 """Which work folders stay: of failed labels (default), of all, or none."""
+MPI_PREFIX = "PARSL_MPI_PREFIX"
+"""The variable in which a worker of Parsl finds how to start a program on the nodes of this label."""
 GUARD = Path(__file__).with_name("guard.py")
 
 
 def program(kind: str, command: str | list[str]) -> list[str]:
     """The words of a command, whose first one must be found.
 
+    A first word $PARSL_MPI_PREFIX stands for all words of that variable; it stays as it is where nobody has set it.
     Raises: OracleConfigError if it is empty or relative to a folder; EnvironmentProblem if there is no such program.
     """
     try:
@@ -39,6 +43,10 @@ def program(kind: str, command: str | list[str]) -> list[str]:
         raise OracleConfigError(f"[oracle.{kind}] command = {command!r} cannot be split into words: {error}") from error
     if not words:
         raise OracleConfigError(f'[oracle.{kind}] command is empty; give what runs the code, for example "mpirun -n 16 {kind}"')
+    prefix = words[:1] if words[0] == f"${MPI_PREFIX}" else []
+    words = words[len(prefix) :]
+    if not words:
+        raise OracleConfigError(f"[oracle.{kind}] command has no program after {prefix[0]}")
     name = words[0]
     if "/" in name and not Path(name).is_absolute():
         raise OracleConfigError(
@@ -50,7 +58,7 @@ def program(kind: str, command: str | list[str]) -> list[str]:
             f"[oracle.{kind}] command starts with {name!r}, which is no program here; "
             "load its module, or give the absolute path of an executable file"
         )
-    return words
+    return shlex.split(os.environ[MPI_PREFIX]) + words if prefix and MPI_PREFIX in os.environ else prefix + words
 
 
 @contextlib.contextmanager
@@ -79,6 +87,10 @@ def run(kind: str, words: list[str], folder: Path, output: str) -> str:
     Args: output: name of the file that gets its standard output; standard error goes to stderr.txt.
     Returns: how it ended, such as "exit status 0".   Raises: EnvironmentProblem if it cannot be started.
     """
+    if words[0] == f"${MPI_PREFIX}":
+        raise OracleConfigError(
+            f"[oracle.{kind}] command starts with {words[0]}, which only [executor.mpi] gives a meaning; add that table or remove it"
+        )
     with subprocess.Popen(
         [sys.executable, "-P", str(GUARD), output, ERRORS, *words],
         stdin=subprocess.PIPE,
