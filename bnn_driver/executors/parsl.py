@@ -14,6 +14,7 @@ import runpy
 import shlex
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,6 @@ from parsl.executors.high_throughput.errors import WorkerLost as ParslWorkerLost
 from parsl.executors.high_throughput.executor import DEFAULT_INTERCHANGE_LAUNCH_CMD, DEFAULT_LAUNCH_CMD
 from parsl.jobs.error_handlers import simple_error_handler, windowed_error_handler
 from parsl.launchers import SimpleLauncher, SrunLauncher
-from parsl.logconfigs.file import FileLogging
 from parsl.providers import LocalProvider, SlurmProvider
 
 from bnn_driver.errors import BnnError, ConfigError, EnvironmentProblem, OracleCrashed, WorkerLost
@@ -155,6 +155,8 @@ def _complete(path: Path, config: Config, executor: HighThroughputExecutor, time
         raise ConfigError(f'{path}: strategy = "none" never replaces a lost job; use "simple"')
     if config.run_dir == "runinfo":
         config.run_dir = str(folder)
+    if config.initialize_logging is True:
+        config.initialize_logging = False  # or Parsl writes down every poll of its queues, for weeks
 
 
 def _seconds(walltime: str | None) -> float | None:
@@ -215,7 +217,7 @@ def _config(executor: HighThroughputExecutor, folder: Path, idle: float) -> Conf
         strategy_period=1,
         max_idletime=idle,
         retries=0,  # ours have pauses and look into the spool
-        initialize_logging=FileLogging(level=logging.INFO),
+        initialize_logging=False,
     )
 
 
@@ -292,7 +294,6 @@ class Deployment:
         atexit.unregister(self.close)
 
     def _keep(self) -> None:
-        logging.getLogger("parsl").propagate = False  # it has a file of its own
         try:
             for executor in self._executors:
                 self._prepare(executor)
@@ -306,8 +307,9 @@ class Deployment:
         for executor in self._executors:
             client: Any = executor.command_client
             client.run = partial(client.run, timeout_s=self._heartbeat)  # Parsl waits for ever for a dead interchange
-        self._stop.wait()
-        self._clean_up(kernel)
+        with _logged(Path(kernel.run_dir) / "parsl.log"):
+            self._stop.wait()
+            self._clean_up(kernel)
 
     def _prepare(self, executor: HighThroughputExecutor) -> None:
         command = executor.interchange_launch_cmd
@@ -354,6 +356,21 @@ class Deployment:
             process = executor.interchange_proc
             if process is not None and process.poll() is None:
                 process.kill()
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """What Parsl says goes to a file of its own."""
+    logger, handler = logging.getLogger("parsl"), logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _size(mpi: Mpi) -> dict[str, Any]:
