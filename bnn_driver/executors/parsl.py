@@ -43,6 +43,8 @@ CHAINS = "chains"
 """Label of the Parsl executor that is kept for the updates of the chains."""
 FAILED_BLOCKS = 3
 """Jobs in a row that may fail before the run is stopped."""
+CLOSE_LIMIT = 120.0
+"""Seconds that Parsl has to end its jobs; commands of a batch system may take a minute."""
 TETHER = Path(__file__).with_name("tether.py")
 
 
@@ -252,6 +254,8 @@ class Deployment:
         mpi = self._layout.mpi
         specification = {"priority": priority} if mpi is None else _size(mpi)
         with self._lock:  # Parsl counts tasks and uses its socket without one
+            if problem := self.problem():
+                raise EnvironmentProblem(problem)
             try:
                 future: Future[str] = self._layout.executor.submit(label_task, specification, text)
             except Exception as error:  # the border to Parsl, which raises whatever ended it
@@ -290,7 +294,10 @@ class Deployment:
     def close(self) -> None:
         """End all jobs and processes; what runs is lost."""
         self._stop.set()
-        self._keeper.join()
+        self._keeper.join(CLOSE_LIMIT)
+        if self._keeper.is_alive():
+            log.error("Parsl does not end within %g s; its jobs are ended without it", CLOSE_LIMIT)
+            self._end_jobs()
         atexit.unregister(self.close)
 
     def _keep(self) -> None:
@@ -306,7 +313,10 @@ class Deployment:
             self._started.set()
         for executor in self._executors:
             client: Any = executor.command_client
-            client.run = partial(client.run, timeout_s=self._heartbeat)  # Parsl waits for ever for a dead interchange
+            client.run = partial(client.run, timeout_s=self._heartbeat)  # Parsl waits for ever for a dead interchange,
+            outgoing: Any = executor.outgoing_q
+            outgoing.zmq_socket.linger = 0  # and for it to take tasks
+            outgoing.zmq_socket.sndtimeo = int(1e3 * self._heartbeat)
         with _logged(Path(kernel.run_dir) / "parsl.log"):
             self._stop.wait()
             self._clean_up(kernel)
@@ -336,6 +346,8 @@ class Deployment:
                 # Parsl would ask the dead for its workers
                 with contextlib.suppress(Exception):
                     executor.set_bad_state_and_fail_all(EnvironmentProblem(problem))
+            if problem:
+                self._end_jobs()
         try:
             kernel.cleanup()
         except Exception:  # the border to Parsl: jobs must be ended whatever it says
