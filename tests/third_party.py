@@ -49,6 +49,12 @@ class Faulty:
                 raise SCFNotConverged("no rung of the ladder")
             case 8:
                 time.sleep(4)
+            case 9:
+                from oracles.one_shot import program, run
+                words = program("faulty", "$PARSL_MPI_PREFIX bash -c 'echo $SLURM_PROCID'")
+                assert run("faulty", words, Path.cwd(), "ranks.txt") == "exit status 0"
+                evidence = os.environ["PARSL_MPI_PREFIX"] + ";" + Path("ranks.txt").read_text()
+                return make_label(self, frame, -9.0, 0 * frame.positions[0], None, evidence=evidence)
             case 7:
                 grandchild = subprocess.Popen(["sleep", "60"])
                 Path("grandchild").write_text(str(grandchild.pid))
@@ -62,7 +68,7 @@ def count(name):
     path.write_text(str(number))
     return number
 """
-SLEEPS, EXITS, DIES_ONCE, RAISES, PRINTS, UNCONVERGED, FORKS, SLOW = range(1, 9)
+SLEEPS, EXITS, DIES_ONCE, RAISES, PRINTS, UNCONVERGED, FORKS, SLOW, MPI = range(1, 10)
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

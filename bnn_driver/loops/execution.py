@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def _on_parsl(config: Config, base: Path, folder: Path, job: Job, work: Path) ->
         raise EnvironmentProblem(f"this version of Parsl does not fit ({error}): pip install 'bnn-driver[parsl]'") from error
     e, own = config.executor, folder / "parsl"
     if e.slurm is not None:
+        if shutil.which("sbatch") is None:
+            raise EnvironmentProblem("[executor.slurm] sbatch is no program here; start the driver where jobs can be submitted")
         layout = parsl.on_slurm(e.slurm, e.mpi, job.timeout, own, e.heartbeat, e.idle)
     elif e.config:
         layout = parsl.from_file(_existing(base / e.config), e.mpi, job.timeout, own)

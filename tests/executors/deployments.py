@@ -48,6 +48,10 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+def ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or not alive(psutil.Process(pid))
+
+
 def pools(folder: Path) -> list[psutil.Process]:
     """The worker pools of a deployment (Parsl's managers)."""
     found = []
