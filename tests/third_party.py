@@ -49,6 +49,10 @@ class Faulty:
                 raise SCFNotConverged("no rung of the ladder")
             case 8:
                 time.sleep(4)
+            case 10:
+                time.sleep(1)
+                evidence = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+                return make_label(self, frame, -10.0, 0 * frame.positions[0], None, evidence=evidence)
             case 9:
                 from oracles.one_shot import program, run
                 words = program("faulty", "$PARSL_MPI_PREFIX bash -c 'echo $SLURM_PROCID'")
@@ -68,7 +72,7 @@ def count(name):
     path.write_text(str(number))
     return number
 """
-SLEEPS, EXITS, DIES_ONCE, RAISES, PRINTS, UNCONVERGED, FORKS, SLOW, MPI = range(1, 10)
+SLEEPS, EXITS, DIES_ONCE, RAISES, PRINTS, UNCONVERGED, FORKS, SLOW, MPI, ACCELERATOR = range(1, 11)
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

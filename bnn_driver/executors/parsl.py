@@ -39,8 +39,6 @@ from bnn_driver.executors.task import label_task
 
 log = logging.getLogger(__name__)
 
-CHAINS = "chains"
-"""Label of the Parsl executor that is kept for the updates of the chains."""
 FAILED_BLOCKS = 3
 """Jobs in a row that may fail before the run is stopped."""
 CLOSE_LIMIT = 120.0
@@ -60,14 +58,14 @@ class Layout:
     mpi: Mpi | None = None
 
 
-def on_this_machine(workers: int, folder: Path, heartbeat: float, accelerators: int = 0, label: str = "labels") -> Layout:
+def on_this_machine(workers: int, folder: Path, heartbeat: float, accelerators: int = 0) -> Layout:
     """One pool of workers beside the driver.
 
     Args: folder: for Parsl's own files.   heartbeat: s after which a silent part counts as lost.
         accelerators: each worker sees one of them; 0: workers are not pinned.
     """
     provider = LocalProvider(init_blocks=1, min_blocks=1, max_blocks=1)
-    executor = _htex(label, provider, workers, accelerators, heartbeat, None, address="127.0.0.1")
+    executor = _htex(provider, workers, accelerators, heartbeat, None, address="127.0.0.1")
     return Layout(_config(executor, folder, idle=1e9), executor, workers)
 
 
@@ -96,7 +94,7 @@ def on_slurm(slurm: Slurm, mpi: Mpi | None, timeout: float, folder: Path, heartb
         launcher=SimpleLauncher() if mpi is not None or slurm.nodes_per_block == 1 else wide,
     )
     if mpi is None:
-        executor = _htex("labels", provider, slurm.workers_per_node, slurm.gpus_per_node, heartbeat, drain)
+        executor = _htex(provider, slurm.workers_per_node, slurm.gpus_per_node, heartbeat, drain)
         places = slurm.max_blocks * slurm.nodes_per_block * slurm.workers_per_node
     else:
         executor = MPIExecutor(
@@ -118,13 +116,10 @@ def from_file(path: Path, mpi: Mpi | None, timeout: float, folder: Path) -> Layo
     Args: path: Python that defines `config`; it is executed.   Otherwise as `on_slurm`.   Raises: ConfigError.
     """
     config = _executed(path)
-    labels = [e for e in config.executors if e.label != CHAINS]
-    if len(labels) != 1 or not isinstance(labels[0], HighThroughputExecutor):
-        kinds = ", ".join(f"{e.label}: {type(e).__name__}" for e in labels) or "none"
-        raise ConfigError(
-            f"{path}: expected one HighThroughputExecutor or MPIExecutor for the labels (and, if you like, one labelled {CHAINS!r}), got {kinds}"
-        )
-    executor = labels[0]
+    if len(config.executors) != 1 or not isinstance(config.executors[0], HighThroughputExecutor):
+        kinds = ", ".join(f"{e.label}: {type(e).__name__}" for e in config.executors) or "none"
+        raise ConfigError(f"{path}: expected one HighThroughputExecutor or MPIExecutor, got {kinds}")
+    executor = config.executors[0]
     if isinstance(executor, MPIExecutor) != (mpi is not None):
         raise ConfigError(
             f"{path}: an MPIExecutor and the table [executor.mpi], which says how large a label is, need each other"
@@ -175,7 +170,6 @@ def _places(executor: HighThroughputExecutor, mpi: Mpi | None) -> int:
 
 
 def _htex(
-    label: str,
     provider: Any,
     workers: int,
     accelerators: int,
@@ -184,7 +178,7 @@ def _htex(
     address: str | None = None,
 ) -> HighThroughputExecutor:
     return HighThroughputExecutor(
-        label=label,
+        label="labels",
         provider=provider,
         launch_cmd=_pool_command(),
         address=address,

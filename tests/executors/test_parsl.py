@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from third_party import FORKS, SLEEPS, SLOW, UNCONVERGED, calls, helium, install
+from third_party import ACCELERATOR, FORKS, SLEEPS, SLOW, UNCONVERGED, calls, helium, install
 
 pytest.importorskip("parsl")
 from deployments import HEARTBEAT, LIMITS, alive, deploy, ended, eventually, family, oracles, pools
 
 from bnn_driver.errors import ConfigError, EnvironmentProblem, OracleCrashed, OracleTimeout, SCFNotConverged
 from bnn_driver.executors import LocalExecutor
-from bnn_driver.executors.parsl import from_file
+from bnn_driver.executors.parsl import from_file, on_this_machine
 from bnn_driver.executors.remote import RemoteExecutor
 from bnn_driver.oracle import read_done, read_failures
 from bnn_driver.records import Frames
@@ -69,6 +69,12 @@ def test_labels_are_those_of_this_machine_to_the_last_bit(
     assert got == labels_of_here(tmp_path, kind, frames)
     assert len(oracles(tmp_path)) <= 2  # they live on from label to label
     executor.shutdown()
+
+
+def test_each_worker_sees_an_accelerator_of_its_own(start: Callable[..., RemoteExecutor], tmp_path: Path) -> None:
+    executor = start(layout=on_this_machine(2, tmp_path / "parsl", HEARTBEAT, accelerators=2))
+    futures = [executor.submit(helium(ACCELERATOR, x=float(n))) for n in range(6)]
+    assert {future.result(timeout=180).evidence for future in futures} == {"0", "1"}
 
 
 def test_a_worker_killed_in_the_middle_is_replaced(start: Callable[..., RemoteExecutor], tmp_path: Path) -> None:
