@@ -9,41 +9,19 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bnn_driver import units
 from bnn_driver.errors import ConfigError
+from bnn_driver.executor_config import ExecutorSettings
 from bnn_driver.recipes import DEFAULT, Recipe, filled
-
-
-def _quantity(kind: str) -> BeforeValidator:
-    def parse(value: object) -> float:
-        try:
-            return units.parse_quantity(value, kind)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-
-    return BeforeValidator(parse)
-
-
-Energy = Annotated[float, _quantity("energy"), Field(gt=0)]
-Length = Annotated[float, _quantity("length"), Field(ge=0)]
-Force = Annotated[float, _quantity("force"), Field(gt=0)]
-Stress = Annotated[float, _quantity("stress"), Field(gt=0)]
-Seconds = Annotated[float, _quantity("wall time"), Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
+from bnn_driver.sections import Energy, Force, Fraction, Length, Seconds, Section, Stress
 
 WalkerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=False)
-
-
-class Run(_Section):
+class Run(Section):
     """Where the run lives, and the seed from which all others are derived."""
 
     directory: str = "run"
@@ -53,7 +31,7 @@ class Run(_Section):
     """Kept before the end of the job (or --until) for stopping alone: i-PI writes its RESTART, processes end.  No label need fit in."""
 
 
-class Ipi(_Section):
+class Ipi(Section):
     """The i-PI input; address, mode, batch size, beads and atoms are read from it."""
 
     input: str = ""
@@ -83,7 +61,7 @@ class Ipi(_Section):
         return self.walkers[walker]
 
 
-class System(_Section):
+class System(Section):
     """What the i-PI protocol does not tell."""
 
     periodic: bool
@@ -94,7 +72,7 @@ class System(_Section):
     """A file that ASE reads, for the order of the elements, when there is no i-PI input."""
 
 
-class PotentialSettings(_Section):
+class PotentialSettings(Section):
     """The foundation potential."""
 
     model: str = "embedded"
@@ -116,7 +94,7 @@ class PotentialSettings(_Section):
     """Threads of one process; more than one pays only on idle machines and for large systems."""
 
 
-class EnsembleSettings(_Section):
+class EnsembleSettings(Section):
     """Prior, likelihood and sampler of the Bayesian network."""
 
     recipe: Recipe = DEFAULT
@@ -172,7 +150,7 @@ class EnsembleSettings(_Section):
     """Neighbour lists serve until an atom has moved by half of it; 0.5 Å on a GPU and 0 on a CPU when not given."""
 
 
-class ForceGroup(_Section):
+class ForceGroup(Section):
     """Named atoms with a force threshold of their own."""
 
     atoms: tuple[int, ...]
@@ -180,7 +158,7 @@ class ForceGroup(_Section):
     forces: Force
 
 
-class Accuracy(_Section):
+class Accuracy(Section):
     """The promise: P(|error| >= accuracy) <= 1 - confidence for every frame that is served."""
 
     energy: Energy
@@ -193,7 +171,7 @@ class Accuracy(_Section):
     groups: dict[str, ForceGroup] = Field(default_factory=dict)
 
 
-class CalibrationSettings(_Section):
+class CalibrationSettings(Section):
     """Gamma prior on the precision of the predictive sd: before the first pair errors are sqrt(b/a) times as large as predicted."""
 
     a: float = Field(default=1.0, gt=0)
@@ -206,7 +184,7 @@ class CalibrationSettings(_Section):
     nothing."""
 
 
-class Audit(_Section):
+class Audit(Section):
     """Random labels of served frames, which measure whether the promise holds."""
 
     expected: float = Field(default=30, ge=0)
@@ -215,14 +193,14 @@ class Audit(_Section):
     """Chance that a served frame is audited; wins over `expected`."""
 
 
-class Sanity(_Section):
+class Sanity(Section):
     """A frame outside ends the run instead of being labelled."""
 
     min_distance: Length = "0.5 A"  # type: ignore[assignment]
     max_force: Force = "100 eV/A"  # type: ignore[assignment]
 
 
-class TrainerSettings(_Section):
+class TrainerSettings(Section):
     """The process that moves the chains."""
 
     max_lag: int = Field(default=0, ge=0)
@@ -232,7 +210,7 @@ class TrainerSettings(_Section):
     update_retries: int = Field(default=1, ge=0)
 
 
-class OracleSettings(_Section):
+class OracleSettings(Section):
     """The ab initio code; its own options stand in the table [oracle.KIND]."""
 
     model_config = ConfigDict(extra="allow", frozen=True, validate_default=True)
@@ -265,7 +243,7 @@ class OracleSettings(_Section):
         return self
 
 
-class Output(_Section):
+class Output(Section):
     """What is recorded and sent."""
 
     stride: int = Field(default=10, ge=1)
@@ -275,7 +253,7 @@ class Output(_Section):
     keep_generations: int = Field(default=5, ge=1)
 
 
-class Config(_Section):
+class Config(Section):
     """Everything that a run is made of."""
 
     run: Run = Run()
@@ -289,12 +267,21 @@ class Config(_Section):
     sanity: Sanity = Sanity()
     trainer: TrainerSettings = TrainerSettings()
     oracle: OracleSettings
+    executor: ExecutorSettings = ExecutorSettings()
     output: Output = Output()
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in_recipe(cls, raw: Any) -> Any:
         return filled(raw) if isinstance(raw, dict) else raw
+
+    @model_validator(mode="after")
+    def _labels_fit_the_executor(self) -> Config:
+        try:
+            self.executor.check(self.oracle.timeout, "workers" in self.oracle.model_fields_set)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 def read_config(path: Path) -> Config:
@@ -320,6 +307,8 @@ def _explain(path: Path, item: Any) -> str:
     if item["type"] == "missing":
         return f"{path}: {where} is missing; it has no default"
     message = item["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"{path}: {message}"
     came = "" if repr(item["input"]) in message else f" (got {item['input']!r})"
     return f"{path}: {where}: {message}{came}"
 
@@ -330,7 +319,7 @@ def _section_at(location: tuple[Any, ...]) -> type[BaseModel] | None:
         if section is None or name not in section.model_fields:
             return None
         inner = section.model_fields[name].annotation
-        section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+        section = next((t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel)), None)
     return section
 
 

@@ -12,6 +12,8 @@ BnnError (1)
 │   ├── UnstableState          converged to a state that is not a minimum
 │   ├── OracleTimeout          killed at its time limit
 │   ├── OracleCrashed          the process died
+│   │   └── WorkerLost         its worker or node was lost, for which the frame cannot be blamed
+│   ├── FrameBusy              another process computes this very frame
 │   └── OracleInconsistent     a result that contradicts itself (NaN, shape, net force)
 ├── DivergedError (5)          the chains left the posterior and no good generation is left
 ├── IpiGone (6)                i-PI died, never came, or broke the protocol
@@ -80,6 +82,14 @@ class OracleTimeout(OracleError):
 
 class OracleCrashed(OracleError):
     """The process of the calculation died."""
+
+
+class WorkerLost(OracleCrashed):
+    """The worker or node of the calculation was lost; the frame is not to blame."""
+
+
+class FrameBusy(OracleError):
+    """Another process computes this very frame."""
 
 
 class OracleInconsistent(OracleError):

@@ -79,7 +79,7 @@ def check_session(config_file: Path, say: Say, *, label: bool = False, walker: s
     step_seconds = _seconds_per_step(ensemble, frames, ipi_input)
     label_seconds, update_seconds = state.label_seconds, state.update_seconds
     if label:
-        item = label_trial(config, options, oracle, frames, ensemble.predict(frames), run_folder, say)
+        item = label_trial(config, options, base, oracle, frames, ensemble.predict(frames), run_folder, say)
         label_seconds = item.label.seconds
         if config.trainer.device != config.potential.device:
             model = load_model(config, base, frames.numbers, config.trainer.device)
@@ -184,7 +184,15 @@ def _say_oracle(config: Config, oracle: Oracle, say: Say) -> None:
     stress = "with stress" if able.stress else "without stress"
     say("oracle", f"{oracle.code}, {stress} for crystals, fingerprint {fingerprint(oracle)[:12]}")
     budget = "any number of labels" if o.max_labels is None else f"at most {o.max_labels} labels"
-    say("executor", f"this machine, {o.workers} workers of {o.threads} threads, {duration(o.timeout)} per label, {budget}")
+    where = f"this machine, {o.workers} workers of {o.threads} threads" if config.executor.kind == "local" else _on_parsl(config)
+    say("executor", f"{where}, {duration(o.timeout)} per label, {budget}")
+
+
+def _on_parsl(config: Config) -> str:
+    e = config.executor
+    if e.slurm is not None:
+        return f"Parsl on Slurm, at most {e.slurm.max_blocks} jobs of {e.slurm.nodes_per_block} nodes and {duration(e.slurm.walltime)}"
+    return f"Parsl as {e.config} has it" if e.config else f"Parsl on this machine, {config.oracle.workers} workers"
 
 
 def _seconds_per_step(ensemble: Ensemble, frames: Frames, found: IpiInput | None) -> float:

@@ -28,10 +28,14 @@ RESTART_TOLERANCE = 1e-6
 
 
 class Executor(Protocol):
-    """What labels frames: `bnn_driver.executors.LocalExecutor`."""
+    """What labels frames: `bnn_driver.executors.pool.Pool`."""
 
     def submit(self, frame: Frames, *, priority: int = 0) -> Future[Label]:
         """Label one frame."""
+
+    @property
+    def workers(self) -> int:
+        """Labels at a time."""
 
 
 class Labelling:

@@ -20,7 +20,6 @@ from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.config import Config, read_config
 from bnn_driver.errors import BnnError, CleanStop, ConfigError, IpiGone
-from bnn_driver.executors import LocalExecutor
 from bnn_driver.ipi.client import Client
 from bnn_driver.ipi.foreign import ask_to_stop
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess
@@ -37,12 +36,13 @@ from bnn_driver.loops.assembly import (
 )
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
+from bnn_driver.loops.execution import make_executor
 from bnn_driver.loops.findings import input_findings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.trainer import TrainerProcess
 from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
-from bnn_driver.oracle import Limits, Oracle, absolute_paths, fingerprint, load_oracle, read_done
+from bnn_driver.oracle import Oracle, absolute_paths, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
@@ -216,7 +216,8 @@ def _open(
 ) -> Iterator[Session]:
     """All parts but i-PI, warm and ready; stopped when the context ends."""
     settle(config.potential.threads)
-    options = absolute_paths(config.oracle.kind, config.oracle.options, config_file.absolute().parent)
+    base = config_file.absolute().parent
+    options = absolute_paths(config.oracle.kind, config.oracle.options, base)
     oracle = load_oracle(config.oracle.kind, options)
     oracle.check(frames)
     promise = make_policy(config, frames.numbers, _audit_probability(config, ipi_input))
@@ -234,24 +235,25 @@ def _open(
         trainer = TrainerProcess(run, config.trainer.threads)
         trainer.begin()
         stack.callback(trainer.stop)
-        labelling = _labelling(config, options, run, oracle, stack)
+        labelling = _labelling(config, options, base, run, oracle, stack)
         progress = Progress(ipi_input.total_steps if ipi_input else None, done)
         driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress, run.walker)
         driver.announce_missing(announced)
         driver.ensemble.predict(frames)
         driver.foundation.predict(frames)
-        yield Session(driver, events, progress, config.oracle.timeout, config.oracle.workers, clock)
+        yield Session(driver, events, progress, config.oracle.timeout, labelling.executor.workers, clock)
 
 
-def _labelling(config: Config, options: dict[str, Any], run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
-    o = config.oracle
-    spool = run.spool_dir
-    limits = Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
-    executor = LocalExecutor(o.kind, options, o.workers, o.timeout, run.oracle_dir / "work", o.threads, spool, limits=limits)
+def _labelling(
+    config: Config, options: dict[str, Any], base: Path, run: RunDirectory, oracle: Oracle, stack: ExitStack
+) -> Labelling:
+    executor = make_executor(config, options, base, run.oracle_dir, run.spool_dir)
     stack.callback(executor.shutdown, wait=False)
     name = fingerprint(oracle)
-    labelling = Labelling(LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, o.max_labels, run.walker)
-    labelling.recover(lambda frame_id: read_done(spool, frame_id))
+    labelling = Labelling(
+        LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, config.oracle.max_labels, run.walker
+    )
+    labelling.recover(lambda frame_id: read_done(run.spool_dir, frame_id))
     return labelling
 
 
@@ -272,7 +274,7 @@ def _driver(
     settings = DriverSettings(
         frames.numbers, frames.periodic, frames.charge, frames.multiplicity, config.sanity.min_distance,
         config.sanity.max_force, config.trainer.max_lag, config.output.stride, config.output.extras, config.run.seed, config.accuracy.energy,
-        walker, config.oracle.workers if config.oracle.ask == "worst" else None,
+        walker, labelling.executor.workers if config.oracle.ask == "worst" else None,
     )  # fmt: skip
     ensemble = make_ensemble(model, trainer.load(trainer.newest()), config)
     foundation = make_ensemble(model, foundation_generation(model, 1), config)

@@ -14,10 +14,12 @@ from ase.data import chemical_symbols
 
 from bnn_driver.config import Config
 from bnn_driver.errors import OracleInconsistent
-from bnn_driver.executors import LocalExecutor
+from bnn_driver.executors.pool import Pool
 from bnn_driver.loops.consistency import Line, lines
-from bnn_driver.oracle import Limits, Oracle
+from bnn_driver.loops.execution import make_executor
+from bnn_driver.oracle import Oracle
 from bnn_driver.records import Frames, Label, LabelledFrame, Prediction
+from bnn_driver.store.run import RunDirectory
 
 TELL_SECONDS = 30.0
 """How often a wait is spoken of."""
@@ -36,6 +38,7 @@ REMEDY = {
 def label_trial(
     config: Config,
     options: dict[str, Any],
+    base: Path,
     oracle: Oracle,
     frame: Frames,
     predicted: Prediction,
@@ -44,11 +47,12 @@ def label_trial(
 ) -> LabelledFrame:
     """Label the start structure and displaced copies of it, and compare; returns the label with the facts that an update needs.
 
-    Args: frame: B = 1.   predicted: of the foundation weights there.   run: directory of the run; the labels stay in its spool,
-        scratch files in oracle/check.   say: hears of the findings.
+    Args: base: folder of the config file.   frame: B = 1.   predicted: of the foundation weights there.   run: directory of the run;
+        the labels stay in its spool, scratch files in oracle/check.   say: hears of the findings.
     Raises: what the executor raises; OracleInconsistent.
     """
-    with _executor(config, options, run) as executor:
+    # as the run's, but for a folder of scratch files of its own: a driver may be at work
+    with make_executor(config, options, base, run / "oracle" / "check", RunDirectory.spool_of(run)) as executor:
         (label,) = _labels(executor, [frame], f"labelling the start structure with {oracle.code}")
         say("label", f"{label.energy:.4f} eV in {label.seconds:.3g} s ({label.evidence})")
         _compare(frame, label, predicted, say)
@@ -64,15 +68,7 @@ def label_trial(
     return LabelledFrame(frame, label, facts)
 
 
-def _executor(config: Config, options: dict[str, Any], run: Path) -> LocalExecutor:
-    """As the run's, but for a folder of scratch files of its own: a driver may be at work."""
-    o = config.oracle
-    limits = Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
-    spool, scratch = run / "oracle" / "spool", run / "oracle" / "check"
-    return LocalExecutor(o.kind, options, o.workers, o.timeout, scratch, o.threads, spool, limits=limits)
-
-
-def _labels(executor: LocalExecutor, frames: Sequence[Frames], what: str) -> list[Label]:
+def _labels(executor: Pool, frames: Sequence[Frames], what: str) -> list[Label]:
     """All labels, with a word on standard error now and then."""
     begin = time.monotonic()
     _tell(f"{what} ...")

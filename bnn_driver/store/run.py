@@ -90,7 +90,12 @@ class RunDirectory:
     @property
     def spool_dir(self) -> Path:
         """Results of the oracle, of all walkers."""
-        return self.path / "oracle" / "spool"
+        return self.spool_of(self.path)
+
+    @staticmethod
+    def spool_of(path: Path) -> Path:
+        """The same for a run directory that may not exist yet."""
+        return path / "oracle" / "spool"
 
     @property
     def ipi_dir(self) -> Path:
