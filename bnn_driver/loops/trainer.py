@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,17 +87,6 @@ def failed_labels(folder: Path) -> set[str]:
     """Ids of the labels of the last update that diverged."""
     file = folder / FAILED
     return set(json.loads(file.read_text())) if file.exists() else set()
-
-
-def end_with_parent() -> None:
-    """End this process at once when standard input closes, which it does when the parent is gone, however it ended."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass
