@@ -36,6 +36,12 @@ log = logging.getLogger(__name__)
 
 START_LIMIT = 300.0
 """Seconds for a child to start and import its code (slow disks); not part of a label's own limit."""
+DEATHS = 2
+"""How often a frame is tried again after its child died."""
+PATIENCE = 2
+"""Factor on the time limit when a frame is tried again after a timeout."""
+LONGEST = 1 + PATIENCE
+"""Time limits that a frame whose code hangs may take."""
 RECYCLE = 500
 """Labels of one child before it is replaced, against slow leaks of memory in a code."""
 _LENGTH = struct.Struct("!Q")
@@ -45,7 +51,8 @@ class LocalExecutor:
     """Labels frames on `workers` child processes; the order is priority (lower first), then submission.
 
     A label that lies in the spool is returned at once; frames of one content id in flight share one future.  A child that dies
-    is replaced and its frame tried once more; a timeout and a failure that the oracle reports are final.
+    is replaced and its frame tried twice more; after a timeout it is tried once more with twice the limit; a failure that the
+    oracle reports is final.
     """
 
     def __init__(
@@ -175,8 +182,9 @@ class LocalExecutor:
             del self._in_flight[task.name]
 
     def _compute(self, task: _Task, slot: _Slot) -> Label:
-        for last in (False, True):
-            failure = self._attempt(task, slot)
+        deaths, limit = 0, self._timeout
+        while True:
+            failure = self._attempt(task, slot, limit)
             # looked for also after a failure: it may have been written in the moment before the end
             found = read_done(self.spool, task.name)
             if found is not None:
@@ -185,16 +193,21 @@ class LocalExecutor:
                 failure = OracleInconsistent(
                     f"the oracle finished frame {task.name}, but {self.spool / 'done'} has no label of it"
                 )
-            if last or self._killed.is_set() or not isinstance(failure, OracleCrashed):
-                break
-            log.warning("frame %s: %s; trying once more with a fresh process", task.name, failure)
+            if self._killed.is_set():
+                raise failure
+            if isinstance(failure, OracleCrashed) and deaths < DEATHS:
+                deaths += 1
+            elif isinstance(failure, OracleTimeout) and limit == self._timeout:
+                limit *= PATIENCE
+            else:
+                raise failure
+            log.warning("frame %s: %s; trying again with a fresh process", task.name, failure)
             slot.kill()
-        raise failure or OracleCrashed(f"frame {task.name} was given up")
 
-    def _attempt(self, task: _Task, slot: _Slot) -> BnnError | None:
+    def _attempt(self, task: _Task, slot: _Slot, limit: float) -> BnnError | None:
         """None when the child says it is done; failures that it reports are in the spool already."""
         try:
-            return slot.label(task.frame, self._timeout, self._killed)
+            return slot.label(task.frame, limit, self._killed)
         except (OracleTimeout, OracleCrashed) as error:
             if not self._killed.is_set() and read_done(self.spool, task.name) is None:
                 write_failed(self.spool, task.name, error)

@@ -6,6 +6,7 @@ output, which codes that print can no longer reach.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import queue
@@ -16,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from bnn_driver.errors import EnvironmentProblem
 from bnn_driver.executors import frame_from_facts, receive, send
 from bnn_driver.oracle import Limits, Oracle, fingerprint, label, load_oracle, write_done, write_failed
 from bnn_driver.records import Frames
@@ -46,7 +48,8 @@ def _serve(oracle: Oracle, frame: Frames, spool: Path, limits: Limits) -> dict[s
     try:
         write_done(spool, label(oracle, frame, limits))
     except Exception as error:  # as above
-        write_failed(spool, frame.content_id(fingerprint(oracle)), error)
+        with contextlib.suppress(EnvironmentProblem):  # a full disk: the driver hears of the failure itself
+            write_failed(spool, frame.content_id(fingerprint(oracle)), error)
         return _failure(error)
     return {}
 

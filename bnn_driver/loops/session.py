@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.config import Config, read_config
 from bnn_driver.errors import BnnError, CleanStop, ConfigError, IpiGone
-from bnn_driver.executors import LocalExecutor
+from bnn_driver.executors import LONGEST, LocalExecutor
 from bnn_driver.ipi.client import Client
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess
 from bnn_driver.ipi.transport import Endpoint
@@ -40,6 +40,7 @@ from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
+from bnn_driver.loops.quarantine import Quarantine, settings_digest
 from bnn_driver.loops.trainer import TrainerProcess
 from bnn_driver.oracle import Limits, Oracle, absolute_paths, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
@@ -185,7 +186,7 @@ class Session:
         in_flight = self.driver.labelling.audits_in_flight
         if wait_for_audits and in_flight:
             self.progress.show(self.driver.step, f"waiting for {in_flight} audits", force=True)
-        self.driver.finish(self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
+        self.driver.finish(LONGEST * self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
         self.events.append("stop", reason=reason, step=self.driver.step)
         self.progress.finish()
 
@@ -230,7 +231,9 @@ def _labelling(config: Config, options: dict[str, Any], run: RunDirectory, oracl
     executor = LocalExecutor(o.kind, options, o.workers, o.timeout, run.oracle_dir / "work", o.threads, spool, limits=limits)
     stack.callback(executor.shutdown, wait=False)
     name = fingerprint(oracle)
-    labelling = Labelling(LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, o.max_labels)
+    tried = settings_digest(o.kind, options, o.timeout, o.threads, asdict(limits))
+    quarantine = Quarantine(run.oracle_dir / "quarantine", tried)
+    labelling = Labelling(LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, o.max_labels, quarantine)
     labelling.recover(lambda frame_id: read_done(spool, frame_id))
     return labelling
 
