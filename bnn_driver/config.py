@@ -55,6 +55,8 @@ class Ipi(_Section):
     """The XML, relative to the config file; may stay empty for `serve` when [system] structure is given."""
     connect_timeout: Seconds = "2 min"  # type: ignore[assignment]
     reconnects: int = Field(default=10, ge=0)
+    silence_timeout: Seconds = "6 h"  # type: ignore[assignment]
+    """An i-PI that asks nothing for so long is taken for hung; longer when other force providers of the same input take longer."""
 
 
 class System(_Section):
@@ -204,6 +206,8 @@ class TrainerSettings(_Section):
     device: str = "cpu"
     threads: int = Field(default=1, ge=1)
     update_retries: int = Field(default=1, ge=0)
+    stall_timeout: Seconds = "30 min"  # type: ignore[assignment]
+    """Without a single step of the chains for so long the trainer is taken for hung and started again."""
 
 
 class OracleSettings(_Section):

@@ -210,9 +210,9 @@ def _open(
         write_atomic(run.path / "bnn.toml", config_file.read_bytes())
         events.append("start", step=done, config=str(config_file))
         foundation = foundation_generation(model, config.ensemble.members)
-        if weights.latest(run.generations_dir) is None:
+        if weights.settle(run.generations_dir) is None:
             weights.publish(run.generations_dir, foundation)
-        trainer = TrainerProcess(run, config.trainer.threads)
+        trainer = TrainerProcess(run, config.trainer.threads, config.trainer.stall_timeout)
         trainer.begin()
         stack.callback(trainer.stop)
         labelling = _labelling(config, options, run, oracle, stack)
