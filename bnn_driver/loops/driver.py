@@ -177,7 +177,7 @@ class Driver:
                 labelled[b] = known
             elif decision.ask:
                 asked.append(b)
-            elif decision.criterion == "audit" and not self.labelling.was_audited(*self.counter.moment(b)):
+            elif decision.criterion == "audit" and not self._was_labelled(frames[b], b):
                 self.labelling.audit(frames[b], self._context(frames, prediction, decision, b), self.warn)
             self._record(decision, b)
         if asked:
@@ -190,6 +190,10 @@ class Driver:
                 self._learn(answer)
             self._wait_for_chains(self.settings.max_lag)
         return labelled
+
+    def _was_labelled(self, frame: Frames, b: int) -> bool:
+        """Whether an audit would be of a moment or of a structure that has its label: both come again when i-PI steps back."""
+        return self.labelling.was_audited(*self.counter.moment(b)) or self.labelling.known(frame) is not None
 
     def _learn(self, answer: LabelledFrame) -> None:
         """Take the calibration pair, of what was believed before the label came."""
