@@ -283,15 +283,17 @@ def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], sh
         connect_timeout=config.ipi.connect_timeout,
         reconnects=config.ipi.reconnects,
         gather_seconds=GATHER_SECONDS,
+        silence_timeout=config.ipi.silence_timeout,
     )
 
 
 def _check_input(found: IpiInput, config: Config) -> None:
     """Settings of the i-PI input that would spoil the run.  Raises: ConfigError."""
-    if 0 < found.timeout < config.oracle.timeout:
+    longest = LONGEST * config.oracle.timeout
+    if 0 < found.timeout < longest:
         raise ConfigError(
-            f"{found.path}: <timeout> is {found.timeout:g} s, but a label may take {config.oracle.timeout:g} s ([oracle] timeout): "
-            "i-PI would drop the driver in the middle of it; remove <timeout> or make it longer"
+            f"{found.path}: <timeout> is {found.timeout:g} s, but a label may take {longest:g} s: [oracle] timeout, and once more with "
+            "twice the limit. i-PI would drop the driver in the middle of it; remove <timeout> or make it longer"
         )
     if found.pbc and not config.system.periodic:
         raise ConfigError(
