@@ -13,7 +13,7 @@ import numpy as np
 
 from bnn_driver.errors import EnvironmentProblem, GuardStop, OracleConfigError, OracleError
 from bnn_driver.executors import frame_from_facts, frame_to_facts
-from bnn_driver.loops.quarantine import Breaker, Quarantine
+from bnn_driver.loops.quarantine import RESTART_TOLERANCE, Breaker, Quarantine
 from bnn_driver.records import Frames, Label, LabelledFrame
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import write_atomic
@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 
 ASKED, AUDIT = 0, 1
 """Priorities: a held reply goes before an audit."""
-RESTART_TOLERANCE = 1e-6
-"""Å; i-PI's RESTART keeps 9 digits, so the first frame after a restart differs by about 1e-8."""
 
 
 class Executor(Protocol):
@@ -143,7 +141,7 @@ class Labelling:
 
     def _submit(self, frame: Frames, context: dict[str, Any], priority: int) -> Future[Label]:
         name = frame.content_id(self.fingerprint)
-        refusal = self.quarantine.refusal(name)
+        refusal = self.quarantine.refusal(frame)
         if refusal is not None:
             refused: Future[Label] = Future()
             refused.set_exception(refusal)
@@ -154,7 +152,7 @@ class Labelling:
     def _adopt(self, frame: Frames, label: Label, context: dict[str, Any]) -> LabelledFrame:
         number = self.store.write(LabelledFrame(frame, label, context))
         self._pending_file(label.frame_id).unlink(missing_ok=True)
-        self.quarantine.release(label.frame_id)
+        self.quarantine.release(frame)
         self._breaker.count(False)
         log.info("label %d at step %s (%s): %.1f s", number, context["step"], context["criterion"], label.seconds)
         return self.store.read(number)
@@ -166,7 +164,7 @@ class Labelling:
         if isinstance(error, OracleConfigError):
             return
         self._breaker.count(True)
-        if self.quarantine.refusal(name) is None:
+        if self.quarantine.refusal(frame) is None:
             log.warning("the frame of step %s is kept in %s", context["step"], self.quarantine.add(frame, name, context, error))
 
     def _pending_file(self, name: str) -> Path:

@@ -13,16 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase.data import chemical_symbols
 
 from bnn_driver import errors
-from bnn_driver.errors import GeometryRejected, OracleError, OracleTimeout, SCFNotConverged, UnstableState
+from bnn_driver.errors import EnvironmentProblem, GeometryRejected, OracleError, OracleTimeout, SCFNotConverged, UnstableState
 from bnn_driver.records import Frames
 from bnn_driver.store.files import plain, read_json
 from bnn_driver.store.run import write_atomic
 
 FINAL = (OracleTimeout, SCFNotConverged, UnstableState, GeometryRejected)
 """Failures that the same settings would only repeat; a process that died or a result that contradicts itself is tried again."""
+RESTART_TOLERANCE = 1e-6
+"""Å; i-PI's RESTART keeps 9 digits, so the first frame after a restart differs by about 1e-8."""
 IN_A_ROW = 5
 """More failures than this, one after the other, and nothing more is asked."""
 WINDOW, SHARE = 50, 0.3
@@ -52,36 +55,52 @@ class Quarantine:
         facts = {
             "class": type(error).__name__,
             "message": str(error),
-            "count": 1 + (self._known(frame_id) or {}).get("count", 0),
+            "count": 1 + (self._known(frame) or {}).get("count", 0),
             "settings": self.settings,
             "step": context["step"],
             "bead": context["bead"],
+            "positions": frame.positions[0].tolist(),
         }
+        self.release(frame)
         structure = self.record(frame_id).with_suffix(".extxyz")
         write_atomic(structure, _extxyz(frame, facts["class"]).encode())
         write_atomic(self.record(frame_id), json.dumps(facts, indent=1).encode())
         return structure
 
-    def release(self, frame_id: str) -> None:
+    def release(self, frame: Frames) -> None:
         """Forget a frame that has its label after all."""
-        for file in (self.record(frame_id), self.record(frame_id).with_suffix(".extxyz")):
-            file.unlink(missing_ok=True)
+        if known := self._known(frame):
+            for file in (known["file"], known["file"].with_suffix(".extxyz")):
+                file.unlink(missing_ok=True)
 
-    def refusal(self, frame_id: str) -> OracleError | None:
+    def refusal(self, frame: Frames) -> OracleError | None:
         """The error that trying again would only repeat; None for a frame that may be tried."""
-        known = self._known(frame_id)
+        known = self._known(frame)
         kind = getattr(errors, str((known or {}).get("class")), None)
         if known is None or known.get("settings") != self.settings or kind not in FINAL:
             return None
         error: OracleError = kind(
             f"the frame of step {known.get('step')} could not be labelled before and is not tried again with the same settings "
-            f"({known.get('message')}). Change [oracle] or [sanity], or delete {self.record(frame_id)}; then run the same command"
+            f"({known.get('message')}). Change [oracle] or [sanity], or delete {known['file']}; then run the same command"
         )
         return error
 
-    def _known(self, frame_id: str) -> dict[str, Any] | None:
-        facts = read_json(self.record(frame_id)) if self.record(frame_id).exists() else None
-        return facts if isinstance(facts, dict) else None
+    def _known(self, frame: Frames) -> dict[str, Any] | None:
+        """The record of this structure, which after a restart of i-PI is the same to RESTART_TOLERANCE only."""
+        for file in sorted(self.folder.glob("*.json")):
+            facts = read_json(file)
+            try:
+                positions = np.array(facts["positions"], dtype=float)
+                if (
+                    positions.shape == frame.positions[0].shape
+                    and np.abs(positions - frame.positions[0]).max() < RESTART_TOLERANCE
+                ):
+                    return facts | {"file": file}
+            except (KeyError, TypeError, ValueError) as error:
+                raise EnvironmentProblem(
+                    f"{file} is no record of a frame ({error!r}): delete it to have the frame tried again"
+                ) from error
+        return None
 
 
 @dataclass

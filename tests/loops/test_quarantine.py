@@ -94,18 +94,21 @@ def test_a_crash_is_tried_again_and_wrong_settings_are_not_the_frames_fault(tmp_
 def test_a_label_after_all_releases_the_frame(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path, "a")
     quarantine.add(water(), "f" * 32, CONTEXT, OracleTimeout("late"))
-    assert quarantine.refusal("f" * 32)
-    quarantine.release("f" * 32)
+    restarted = water(1e-8)
+    assert quarantine.refusal(restarted)
+    assert quarantine.refusal(water(1e-4)) is None
+    quarantine.release(restarted)
     assert not list(tmp_path.iterdir())
-    assert quarantine.refusal("f" * 32) is None
+    assert quarantine.refusal(water()) is None
 
 
 def test_a_torn_record_is_named(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path, "a")
     quarantine.add(water(), "f" * 32, CONTEXT, OracleTimeout("late"))
-    quarantine.record("f" * 32).write_text('{"class": "Or')
-    with pytest.raises(EnvironmentProblem, match="f" * 32):
-        quarantine.refusal("f" * 32)
+    for torn in ('{"class": "Or', "{}", "[]", '{"positions": "x"}'):
+        quarantine.record("f" * 32).write_text(torn)
+        with pytest.raises(EnvironmentProblem, match="f" * 32):
+            quarantine.refusal(water())
 
 
 def test_audits_that_fail_one_after_the_other_end_the_asking(tmp_path: Path) -> None:
