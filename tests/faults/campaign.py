@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -60,6 +61,19 @@ class Table:
 
     tried: ClassVar[Counter[str]] = Counter()
     survived: ClassVar[Counter[str]] = Counter()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    @classmethod
+    def attempt(cls, name: str, times: int = 1) -> None:
+        """A fault strikes."""
+        with cls._lock:
+            cls.tried[name] += times
+
+    @classmethod
+    def survive(cls, name: str) -> None:
+        """The run went on to its end, and all its books agree."""
+        with cls._lock:
+            cls.survived[name] += 1
 
     @classmethod
     def rows(cls) -> list[str]:
@@ -181,7 +195,7 @@ class Place:
 
     def strike(self, fault: Fault) -> str:
         """One start in which the fault strikes; what is left on disk must be sound.  Returns: what the program printed."""
-        Table.tried[fault.name] += 1
+        Table.attempt(fault.name)
         code, said = self.end(self.start(fault))
         assert self.marker.exists(), f"{fault} was never reached; the run ended with {code}:\n{self._story()}"
         assert code in fault.ends, f"{fault} ended the run with {code}, expected {fault.ends}:\n{self._story()}"

@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "loops"))
 
-AT_ONCE = max(2, min(6, os.cpu_count() or 2))
+AT_ONCE = int(os.environ.get("BNN_FAULTS_AT_ONCE", max(2, min(6, os.cpu_count() or 2))))
 """Runs side by side; each is a driver, a trainer, a worker and i-PI, which mostly wait for each other."""
 
 

@@ -64,7 +64,7 @@ class SmallDisk:
             for size in (24, 56, 100, 140):
                 subprocess.run(["mount", "-o", f"remount,size={size}k", place.run], check=True)
                 row = "disk full: tmpfs"
-                Table.tried[row] += 1
+                Table.attempt(row)
                 code, said = place.end(place.start())
                 assert code in (3, 6), f"with {size} kB the run ended with {code}:\n{said}"
                 assert "Traceback" not in said, said
@@ -88,7 +88,7 @@ class ReadOnly:
                 "kill driver: after its third reply", "driver", "bnn_driver.ipi.transport:Channel.write", "after", 3, "FORCEREADY"
             )
         )
-        Table.tried[row] += 1
+        Table.attempt(row)
         with read_only(place.run):
             code, said = place.end(place.start())
         assert code == 3, said
@@ -110,7 +110,7 @@ class TornFiles:
         code, said = place.end(place.start())
         assert code == 0, said
         for row, file in self._refused(place):
-            Table.tried[row] += 1
+            Table.attempt(row)
             place.lengthen(place.steps + 2)
             whole = file.read_bytes() if file.exists() else None
             file.write_bytes(_torn(whole, amid=row.startswith("torn line")))
@@ -149,7 +149,7 @@ class TornFiles:
             "torn i-PI pid": lambda: (ipi / "ipi.pid").write_bytes(b'{"pi'),
         }
         for row, do in damage.items():
-            Table.tried[row] += 1
+            Table.attempt(row)
             do()
             place.hits.append(row)
         place.lengthen(place.steps + 4)

@@ -84,7 +84,7 @@ class JumpingClock:
         """One run from start to end, with a kill in the middle, and nobody notices."""
         place = Place(folder, steps=16)
         fault = Fault(self.name, "all", "time:time", "before", action="jump", ends=(0, -signal.SIGKILL))
-        Table.tried[fault.name] += 1
+        Table.attempt(fault.name)
         process = place.start(fault)
         until(lambda: len(list((place.run / "labels").glob("*.extxyz"))) >= 2, LIMIT)
         process.kill()

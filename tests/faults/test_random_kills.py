@@ -52,7 +52,7 @@ class RandomKills:
         until(lambda: process.poll() is not None or place.processes(SIGNS[self.victim]), LIMIT)
         victims = sorted(place.processes(SIGNS[self.victim]))
         if process.poll() is None and victims:
-            Table.tried[self._row] += 1
+            Table.attempt(self._row)
             os.kill(victims[0], signal.SIGKILL)
             place.hits.append(self._row)
         code, said = place.end(process)

@@ -130,7 +130,7 @@ class CutSocket:
         assert "Traceback" not in said, said
         assert relay.made >= 3, f"only {relay.made} cuts were made"
         row = "socket cut mid-message"
-        Table.tried[row] += relay.made
+        Table.attempt(row, relay.made)
         place.hits.extend([row] * relay.made)
 
 
@@ -182,7 +182,7 @@ def confused_client(path_of: ForceServer, data: bytes) -> Iterator[None]:
 @pytest.mark.parametrize("number", range(40 * TIMES))
 def test_garbage_never_becomes_a_label(tmp_path: Path, number: int) -> None:
     row = "garbage from a client to our server side"
-    Table.tried[row] += 1
+    Table.attempt(row)
     rng = np.random.default_rng((SEED, number))
     server = ForceServer(
         unique_endpoint(f"{tmp_path}/"), parameters=" ", connect_timeout=5.0, frame_timeout=2.0, alive=lambda: True
@@ -194,4 +194,4 @@ def test_garbage_never_becomes_a_label(tmp_path: Path, number: int) -> None:
     assert isinstance(refused.value, OracleError)
     assert time.monotonic() - begin < 10
     assert not Path(server.endpoint.path).exists()
-    Table.survived[row] += 1
+    Table.survive(row)

@@ -37,7 +37,7 @@ def check(place: Place) -> None:
     _trajectory_is_complete(place)
     replay(read_config(place.config), labels, segments)
     for name in place.hits:
-        Table.survived[name] += 1
+        Table.survive(name)
     place.hits.clear()
 
 
