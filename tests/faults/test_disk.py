@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from campaign import Fault, Place, Table
-from test_kill_points import FILES, RUN
+from test_kill_points import FILES, RUN, STORE
 from verify import resumes
 
 from bnn_driver.store import weights
@@ -156,6 +157,39 @@ class TornFiles:
         resumes(place)
 
 
+@dataclass(frozen=True)
+class LostTruth:
+    """What holds the truth is torn: the only record of a label, and every generation of weights."""
+
+    name: str = "lost truth"
+
+    def attack(self, folder: Path) -> None:
+        """Refused with the file and what to do; done, the run goes on from what is left."""
+        place = Place(folder)
+        computed = Fault("kill driver: label computed, not written", "driver", f"{STORE}:LabelStore.write", "before", 3)
+        place.strike(computed)
+        spool = place.run / "oracle" / "spool" / "done"
+        (pending,) = (place.run / "oracle" / "pending").glob("*.json")
+        self._refused(place, "torn result of the oracle", [spool / pending.name], spool / pending.name)
+        (spool / pending.name).unlink()  # what the message says
+        place.forget(pending.stem)
+        generations = place.run / "generations"
+        self._refused(place, "all generations torn", list(generations.glob("*/weights.safetensors")), generations)
+        shutil.rmtree(generations)
+        resumes(place)
+
+    def _refused(self, place: Place, row: str, files: list[Path], named: Path) -> None:
+        Table.attempt(row)
+        for file in files:
+            _cut(file)
+        code, said = place.end(place.start())
+        assert code in (3, 4), f"{row}: the run ended with {code}:\n{said}"
+        assert str(named) in said, said
+        assert "remove the file" in said or "delete the folder" in said, said
+        assert "Traceback" not in said, said
+        place.hits.append(row)
+
+
 def _torn(whole: bytes | None, amid: bool) -> bytes:
     """The first half, or all but a piece in the middle; of a file that is not there the beginning."""
     if whole is None:
@@ -236,6 +270,7 @@ TRIALS = [
     SmallDisk(),
     ReadOnly(),
     TornFiles(),
+    LostTruth(),
 ]
 
 
