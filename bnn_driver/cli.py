@@ -16,20 +16,36 @@ from bnn_driver.errors import BnnError, ConfigError
 SUMMARY = """An i-PI driver that keeps a simulation with a machine-learned potential within a promised accuracy.
 
 Exit codes: 0 done, 2 usage or config, 3 environment, 4 oracle failed, 5 sampling diverged, 6 i-PI gone, 7 a guard stopped the run,
-75 stopped on request (the same command goes on)."""
+75 stopped on request or before the end of the job (the same command goes on)."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=SUMMARY)
 ConfigFile = Annotated[Path, typer.Argument(help="the run's TOML file")]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        "--until", help='stop in time for "23:30", "2026-03-01 06:00" or "2 h" from now, exit 75; default: the end of the job'
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")]
 
 
+Walker = Annotated[str, typer.Option("--walker", help="only this one of [ipi.walkers]")]
+
+
 @app.command()
-def run(config: ConfigFile) -> None:
+def run(config: ConfigFile, walker: Walker = "", until: Until = None) -> None:
     """Start i-PI on the input, drive it within the promised accuracy; the same command resumes."""
-    from bnn_driver.loops.session import run_session
+    from bnn_driver.config import read_config
     from bnn_driver.report.numbers import render_summary, summary
 
-    folder = run_session(config)
+    if read_config(config).ipi.walkers and not walker:
+        from bnn_driver.loops.walkers import run_walkers
+
+        folder = run_walkers(config, ["--until", until] if until else [])
+    else:
+        from bnn_driver.loops.session import run_session
+
+        folder = run_session(config, walker, until)
     typer.echo(render_summary(summary(folder)))
 
 
@@ -43,13 +59,22 @@ def serve(
     port: Annotated[int, typer.Option("-p", "--port", help="TCP port")] = 65535,
     prefix: Annotated[str, typer.Option("-S", "--sockets-prefix", help="as in the XML")] = "/tmp/ipi_",
     shm: Annotated[bool, typer.Option("--shm", help="shared memory (ffsocket mode='shm')")] = False,
+    walker: Walker = "",
+    until: Until = None,
 ) -> None:
     """Drive an i-PI that you started yourself: nothing in its XML but the socket."""
     from bnn_driver.loops.session import serve_session
     from bnn_driver.report.numbers import render_summary, summary
 
     folder = serve_session(
-        config, unix=unix or shm, addresses=address or ["localhost"], port=port, prefix=prefix, shared_memory=shm
+        config,
+        unix=unix or shm,
+        addresses=address or ["localhost"],
+        port=port,
+        prefix=prefix,
+        shared_memory=shm,
+        walker=walker,
+        until=until,
     )
     typer.echo(render_summary(summary(folder)))
 
@@ -88,11 +113,31 @@ def export(
 
 
 @app.command()
-def check(config: ConfigFile) -> None:
-    """Validate config, i-PI input, model and oracle settings without running anything."""
-    from bnn_driver.loops.session import check_session
+def check(
+    config: ConfigFile,
+    label: Annotated[
+        bool, typer.Option("--label", help="also have the oracle label the start structure, five to seven times")
+    ] = False,
+    walker: Walker = "",
+) -> None:
+    """Try config, i-PI input, socket, model, oracle and run directory without running; says what `run` would do and cost."""
+    from bnn_driver.loops.checking import check_session
 
-    typer.echo(check_session(config))
+    check_session(config, lambda name, text: typer.echo(f"{name:<12}{text}" if name else text), label=label, walker=walker)
+
+
+@app.command()
+def doctor(folder: Annotated[Path, typer.Argument(help="where a run would live")] = Path()) -> None:
+    """What this machine has of what a run needs: versions, GPU, kernels, oracles, codes, scheduler, file system."""
+    from bnn_driver.loops.doctor import Finding, examine
+
+    def say(finding: Finding) -> None:
+        typer.echo(f"{finding.name:<16}{finding.text}")
+        if finding.remedy:
+            typer.echo(f"{'':<16}{'BROKEN' if finding.required else 'PROBLEM'}: {finding.remedy}")
+
+    examine(folder, say)
+    typer.echo("nothing that every run needs is missing")
 
 
 def _run_folder(path: Path) -> Path:

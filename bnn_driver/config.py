@@ -36,6 +36,9 @@ Seconds = Annotated[float, _quantity("wall time"), Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+WalkerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=False)
 
@@ -46,6 +49,8 @@ class Run(_Section):
     directory: str = "run"
     """Relative to the config file."""
     seed: int = Field(default=1, ge=0)
+    margin: Seconds = "2 min"  # type: ignore[assignment]
+    """Kept before the end of the job (or --until) for stopping alone: i-PI writes its RESTART, processes end.  No label need fit in."""
 
 
 class Ipi(_Section):
@@ -53,10 +58,31 @@ class Ipi(_Section):
 
     input: str = ""
     """The XML, relative to the config file; may stay empty for `serve` when [system] structure is given."""
+    walkers: dict[WalkerName, str] = Field(default_factory=dict)
+    """Name -> XML of simulations of the same atoms that share labels, chains and weights: replicas, temperatures, umbrella windows."""
     connect_timeout: Seconds = "2 min"  # type: ignore[assignment]
     reconnects: int = Field(default=10, ge=0)
     silence_timeout: Seconds = "6 h"  # type: ignore[assignment]
     """An i-PI that asks nothing for so long is taken for hung; longer when other force providers of the same input take longer."""
+
+    @model_validator(mode="after")
+    def _one_or_many(self) -> Ipi:
+        if self.input and self.walkers:
+            raise ValueError("either input, for one simulation, or walkers, for several, but both are given")
+        repeated = sorted(file for file in set(self.walkers.values()) if list(self.walkers.values()).count(file) > 1)
+        if repeated:
+            raise ValueError(
+                f"two walkers have the same input {repeated[0]!r}; give each its own XML, with its own socket address and random seed"
+            )
+        return self
+
+    def input_of(self, walker: str) -> str:
+        """The XML of a walker, or of the only simulation.  Raises: ConfigError for an unknown name."""
+        if not walker:
+            return self.input
+        if walker not in self.walkers:
+            raise ConfigError(f"there is no walker {walker!r} in [ipi.walkers]{_nearest(walker, self.walkers)}")
+        return self.walkers[walker]
 
 
 class System(_Section):
@@ -219,6 +245,9 @@ class OracleSettings(_Section):
     workers: int = Field(default=1, ge=1)
     threads: int = Field(default=1, ge=1)
     timeout: Seconds = "1 h"  # type: ignore[assignment]
+    ask: Literal["all", "worst"] = "all"
+    """When several beads of a step are beyond the accuracy: label all of them at once, or the most uncertain ones, as many as there are
+    workers; then the chains learn and the others are judged again, until none is left."""
     max_labels: int | None = Field(default=None, ge=1)
     """Budget; reaching it ends the run with exit code 7, never loosens the promise."""
 

@@ -18,6 +18,7 @@ BnnError (1)
 │   └── ProtocolError
 ├── GuardStop (7)              a guard of the user stopped the run (budget, sanity)
 └── CleanStop (75)             stopped on request; the same command goes on
+    └── WallLimit              stopped before the end of the time that the job has
 """
 
 from __future__ import annotations
@@ -111,3 +112,7 @@ class CleanStop(BnnError):
     """The run was asked to stop; the same command goes on."""
 
     exit_code = 75
+
+
+class WallLimit(CleanStop):
+    """The run stopped before the end of its time; the same command goes on."""

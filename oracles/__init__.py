@@ -1,1 +1,1 @@
-"""One file per code; each is found by its entry point in the group bnn_driver.oracles."""
+"""One file per code, found by its entry point in the group bnn_driver.oracles, and what codes in other processes need."""

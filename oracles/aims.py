@@ -1,4 +1,4 @@
-"""FHI-aims, one run of the user's binary per label, from the user's own control.in or from settings in the config.
+"""FHI-aims, one run of the user's binary per label or one that keeps running, from the user's own control.in or from settings in the config.
 
 Files are written and read here, so that nothing of the user's input is lost in translation; only a control.in that is made from the
 config goes through ASE's writer.  Tested by replaying outputs, never with the binary itself.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import warnings
+import weakref
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
@@ -21,10 +22,14 @@ from bnn_driver.oracle import Capabilities, check_multiplicity, fingerprint, mak
 from bnn_driver.records import Frames, Label
 from oracles.aims_control import MECHANICS, SCF_KEYWORDS, Control, lines_of
 from oracles.aims_output import CONVERGED, DIGITS, FAREWELL, AimsResult, read_result
+from oracles.aims_session import RunningAims
 from oracles.one_shot import Keep, Shot, climb, program
 from oracles.scrutiny import check_geometry, check_rungs, check_version, last_words, sha256, text_of
+from oracles.sessions import Session, check_session, explained, start_in_words
 
 OUTPUT = "aims.out"
+BOHR_SPREAD = 1e-8
+"""Relative difference between values of the bohr: positions in a socket are in bohr."""
 DENSITIES = ("*.csc",)
 """Density and overlap matrices of elsi_restart."""
 
@@ -33,8 +38,8 @@ DENSITIES = ("*.csc",)
 class Aims:
     """Molecules and crystals of any charge and multiplicity, which come with the frame.
 
-    Energies are those of file mode, where 1 Ha = 27.2113845 eV; through a socket the same code is converted with 27.2113860 eV:
-    53 meV apart at -947 keV, so labels of the two never belong into one set (their fingerprints differ).
+    Energies are those that FHI-aims prints, where 1 Ha = 27.2113845 eV; what it sends through a socket is converted with 27.2113860 eV
+    by others, 53 meV apart at -947 keV: labels of the oracle "socket" never belong into one set with these (their fingerprints differ).
     """
 
     command: str | list[str]
@@ -53,7 +58,15 @@ class Aims:
     """Keywords to try one after another when the SCF does not converge; only such as lead to the same solution."""
     restart: bool = False
     """Start from the density matrix of the label before (elsi_restart): faster, but then a label depends on its history."""
+    session: Literal["file", "socket"] = "file"
+    """"socket": FHI-aims keeps running behind its i-PI socket while atoms, charge, multiplicity and cell stay: no start, and the density of
+    the frame before, on which a label then depends.  The ladder runs by itself.  Tried on a recorded run of 2021 only."""
+    host: str = ""
+    """With session = "socket", where this process listens, as FHI-aims calls it; empty: a Unix socket, for the same machine."""
+    restart_every: int = 500
+    """Labels of one start of a session."""
     keep_files: Keep = "failed"
+    _live: Session[RunningAims] = field(init=False, repr=False, compare=False, default_factory=lambda: Session("aims"))
 
     def __post_init__(self) -> None:
         if bool(self.folder) == bool(self.control):
@@ -64,6 +77,10 @@ class Aims:
             )
             raise OracleConfigError(f"[oracle.aims] {'control' if self.control else 'folder'} needs {wanted}")
         check_rungs("aims", self.ladder, SCF_KEYWORDS)
+        check_session("aims", self.session != "file", self.restart, self.restart_every)
+        if self.host and self.session == "file":
+            raise OracleConfigError('[oracle.aims] host has no meaning without session = "socket"')
+        weakref.finalize(self, self._live.stop, failed=False)
 
     @property
     def code(self) -> str:
@@ -102,18 +119,45 @@ class Aims:
         return climb(self.ladder, lambda rung, changes: self._attempt(frame, rung, changes))
 
     def _attempt(self, frame: Frames, rung: int, changes: dict[str, Any]) -> Label:
-        name = fingerprint(self)
-        shot = Shot("aims", self.command, OUTPUT, self.keep_files, DENSITIES if self.restart else ())
-        write, read = partial(self._write, frame, changes), partial(self._read, frame, name)
-        result, facts = shot.fire(frame, name, rung, write, read)
-        facts = [f"{CONVERGED!r} and {FAREWELL!r} after {result.cycles} iterations", *_versions(result), *facts]
+        if rung == 0 and self.session == "socket":
+            result, facts = self._in_session(frame)
+        else:
+            name = fingerprint(self)
+            shot = Shot("aims", self.command, OUTPUT, self.keep_files, DENSITIES if self.restart else ())
+            write, read = partial(self._write, frame, changes), partial(self._read, frame, name)
+            result, facts = shot.fire(frame, name, rung, write, read)
+            facts = [f"{CONVERGED!r} and {FAREWELL!r} after {result.cycles} iterations", *_versions(result), *facts]
         stress = result.stress if self.stress and frame.periodic else None
         label = make_label(self, frame, result.energy, result.forces, stress, evidence="; ".join(facts), rung=rung)
         return label if self.version else replace(label, code=f"aims {result.version}".rstrip())
 
-    def _write(self, frame: Frames, changes: dict[str, Any], folder: Path, origin: str) -> None:
+    def _in_session(self, frame: Frames) -> tuple[AimsResult, list[str]]:
+        """As `Shot.fire`, by the running code."""
+        try:
+            code = self._live.code(
+                lambda running: running.fits(frame, self.restart_every), partial(self._start, frame), self.keep_files
+            )
+            with explained(code, OUTPUT):
+                result = code.compute(frame)
+                self._check_result(result, frame, fingerprint(self), DIGITS + BOHR_SPREAD * float(np.abs(frame.positions).max()))
+        except BaseException:
+            self._live.stop(failed=True)
+            raise
+        return result, [f"{CONVERGED!r} after {result.cycles} iterations", *_versions(result), start_in_words(code.labels)]
+
+    def _start(self, frame: Frames, folder: Path) -> RunningAims:
+        words = program("aims", self.command)
+        return RunningAims(words, folder, OUTPUT, frame, self.host, lambda work, more: self._write(frame, {}, work, "", more))
+
+    def close(self) -> None:
+        """End the running code, if there is one."""
+        self._live.stop(failed=False)
+
+    def _write(
+        self, frame: Frames, changes: dict[str, Any], folder: Path, origin: str, more: dict[str, str] | None = None
+    ) -> None:
         control = self._control(frame)
-        added = {"compute_forces": ".true."} | control.state_keywords(frame)
+        added = {"compute_forces": ".true."} | control.state_keywords(frame) | (more or {})
         if self.stress and frame.periodic:
             added["compute_analytical_stress"] = ".true."
         if self.restart:
@@ -130,15 +174,18 @@ class Aims:
         """The result, with the folder's last words in any failure."""
         try:
             result = read_result(text_of(folder / OUTPUT))
-            known = self._control(frame).species
-            numbers = np.array([known.get(species, 0) for species in result.species])
-            check_geometry("FHI-aims", frame, numbers, result.positions, result.cell, DIGITS, DIGITS)
-            if self.stress and frame.periodic and result.stress is None:
-                raise OracleInconsistent("FHI-aims printed no analytical stress, though compute_analytical_stress was set")
-            check_version("aims", name, self.version, result.version)
+            self._check_result(result, frame, name, DIGITS)
         except OracleError as error:
             raise type(error)(f"{error} ({ended})\n{last_words(folder, OUTPUT)}") from error
         return result
+
+    def _check_result(self, result: AimsResult, frame: Frames, name: str, tolerance: float) -> None:
+        known = self._control(frame).species
+        numbers = np.array([known.get(species, 0) for species in result.species])
+        check_geometry("FHI-aims", frame, numbers, result.positions, result.cell, tolerance, DIGITS)
+        if self.stress and frame.periodic and result.stress is None:
+            raise OracleInconsistent("FHI-aims printed no analytical stress, though compute_analytical_stress was set")
+        check_version("aims", name, self.version, result.version)
 
     def _control(self, frame: Frames) -> Control:
         return self._file if self.folder else Control(self._written(frame), "[oracle.aims] control", False)

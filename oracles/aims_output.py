@@ -22,6 +22,9 @@ CONVERGED, FAREWELL = "Self-consistency cycle converged.", "Have a nice day."
 BEGIN = "Begin self-consistency loop"
 NOT_CONVERGED = re.compile(r"scf_solver: SCF cycle not converged|SELF-CONSISTENCY CYCLE DID NOT CONVERGE")
 _ENERGY = re.compile(r"\|\s*Electronic free energy\s*:\s*(\S+)\s+eV")
+WRAPPER = "Atomic structure that was used in the preceding time step of the wrapper"
+"""Printed after each frame behind the i-PI socket, before the structure."""
+_WRAPPED_ATOM = re.compile(r"^\s*atom\s+(\S+)\s+(\S+)\s+(\S+)\s+(\S+)\s*$", re.MULTILINE)
 _ATOM = re.compile(r"\|\s*\S+:\s+Species\s+(\S+)\s+(\S+)\s+(\S+)\s+(\S+)\s*$")
 _STRESS_ROW = re.compile(r"\s*\|\s+[xyz]\s+[-+.\dN*]")
 _HARTREE = re.compile(r"value of 1 Hartree used in FHI-aims is\s*:\s*(\S+)\s+eV")
@@ -61,12 +64,7 @@ def read_result(text: str) -> AimsResult:
         lacks a number or has one that cannot be read.
     """
     lines = text.splitlines()
-    if NOT_CONVERGED.search(text):
-        raise SCFNotConverged(f"FHI-aims says that its SCF did not converge in {len(_CYCLE.findall(text))} iterations")
-    begin = max((n for n, line in enumerate(lines) if BEGIN in line), default=None)
-    if begin is None:
-        raise OracleCrashed("the output of FHI-aims ends before the first SCF loop")
-    converged = [n for n, line in enumerate(lines) if line.strip() == CONVERGED]
+    begin, converged = _loops(text, lines)
     finished = any(line.strip() == FAREWELL for line in lines[begin:])
     if finished and not any(n > begin for n in converged):
         raise SCFNotConverged(f"FHI-aims ended without saying {CONVERGED!r} of its last SCF loop")
@@ -76,10 +74,46 @@ def read_result(text: str) -> AimsResult:
         raise OracleInconsistent(
             f"FHI-aims converged {len(converged)} structures, but one was asked for: something moves the atoms"
         )
-    species, positions, cell = _geometry(lines)
-    end = lines[converged[0] :]
-    version, commit = _VERSION.search(text), _COMMIT.search(text)
-    hartree = _HARTREE.search(text)
+    return _result(text, text, lines[converged[0] :], *_geometry(lines))
+
+
+def is_whole_frame(text: str, atoms: int) -> bool:
+    """Whether a run behind the i-PI socket has written all that it writes for one frame, up to the structure."""
+    return len(_structure(text)) >= atoms
+
+
+def read_frame(head: str, text: str) -> AimsResult:
+    """The result of one frame of a run behind the i-PI socket.
+
+    Args: head: what was written before the first SCF loop.   text: what was written for this frame.
+    Raises: SCFNotConverged, also when it does not say that it converged; OracleInconsistent as `read_result`.
+    """
+    lines = text.splitlines()
+    begin, converged = _loops(text, lines)
+    if not any(n > begin for n in converged):
+        raise SCFNotConverged(f"FHI-aims sent forces without saying {CONVERGED!r} of the last SCF loop of this frame")
+    if len(converged) != 1:
+        raise OracleInconsistent(f"FHI-aims converged {len(converged)} structures, but one was asked for")
+    rows = _structure(text)
+    positions = np.array([_numbers(list(row[:3]), 3) for row in rows]).reshape(-1, 3)
+    _, _, cell = _geometry(head.splitlines())
+    return _result(head, text, lines[converged[0] :], [row[3] for row in rows], positions, cell)
+
+
+def _loops(text: str, lines: list[str]) -> tuple[int, list[int]]:
+    """Where the last SCF loop begins, and where one converged."""
+    if NOT_CONVERGED.search(text):
+        raise SCFNotConverged(f"FHI-aims says that its SCF did not converge in {len(_CYCLE.findall(text))} iterations")
+    begin = max((n for n, line in enumerate(lines) if BEGIN in line), default=None)
+    if begin is None:
+        raise OracleCrashed("the output of FHI-aims ends before the first SCF loop")
+    return begin, [n for n, line in enumerate(lines) if line.strip() == CONVERGED]
+
+
+def _result(head: str, text: str, end: list[str], species: list[str], positions: Array, cell: Array | None) -> AimsResult:
+    """Args: end: lines after the SCF has converged."""
+    version, commit = _VERSION.search(head), _COMMIT.search(head)
+    hartree = _HARTREE.search(head)
     return AimsResult(
         _energy(end),
         _forces(end, len(species)),
@@ -91,6 +125,12 @@ def read_result(text: str) -> AimsResult:
         hartree[1] if hartree else "",
         len(_CYCLE.findall(text)),
     )
+
+
+def _structure(text: str) -> list[tuple[str, ...]]:
+    """x, y, z and species as printed after a frame."""
+    _, found, block = text.partition(WRAPPER)
+    return _WRAPPED_ATOM.findall(block) if found else []
 
 
 def _energy(lines: list[str]) -> float:

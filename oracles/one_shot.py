@@ -6,51 +6,55 @@ Folders are made in the current directory, which for a worker of an executor is 
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from bnn_driver.errors import EnvironmentProblem, OracleConfigError, OracleCrashed, OracleError, SCFNotConverged
+from bnn_driver.errors import EnvironmentProblem, OracleConfigError, OracleError, SCFNotConverged
 from bnn_driver.records import Frames, Label
+from oracles.guarded import Guarded
 from oracles.restart import Restart
 from oracles.scrutiny import ERRORS
 
 Result = TypeVar("Result")
 Keep = Literal["none", "failed", "all"]
 """Which work folders stay: of failed labels (default), of all, or none."""
-GUARD = Path(__file__).with_name("guard.py")
 
 
-def program(kind: str, command: str | list[str]) -> list[str]:
-    """The words of a command, whose first one must be found.
-
-    Raises: OracleConfigError if it is empty or relative to a folder; EnvironmentProblem if there is no such program.
-    """
+def words_of(kind: str, command: str | list[str], key: str = "command") -> list[str]:
+    """A command as words, without a shell.  Args: key: the setting, for messages.   Raises: OracleConfigError if there are none."""
     try:
         words = shlex.split(command) if isinstance(command, str) else list(command)
     except ValueError as error:
-        raise OracleConfigError(f"[oracle.{kind}] command = {command!r} cannot be split into words: {error}") from error
+        raise OracleConfigError(f"[oracle.{kind}] {key} = {command!r} cannot be split into words: {error}") from error
     if not words:
-        raise OracleConfigError(f'[oracle.{kind}] command is empty; give what runs the code, for example "mpirun -n 16 {kind}"')
-    name = words[0]
+        raise OracleConfigError(f'[oracle.{kind}] {key} is empty; give what runs the code, for example "mpirun -n 16 {kind}"')
+    return words
+
+
+def program(kind: str, command: str | list[str], key: str = "command", folder: Path | None = None) -> list[str]:
+    """The words of a command, whose first one must be found.
+
+    Args: key: the setting, for messages.   folder: a copy of it is where the command runs; a program in it is found first.
+    Raises: OracleConfigError if it is empty or relative to another folder; EnvironmentProblem if there is no such program.
+    """
+    name, *rest = words_of(kind, command, key)
+    if folder is not None and not Path(name).is_absolute() and (folder / name).is_file():
+        return [f"./{name}", *rest]
     if "/" in name and not Path(name).is_absolute():
         raise OracleConfigError(
-            f"[oracle.{kind}] command starts with {name!r}, relative to a folder, but each label runs in a folder of its own; "
+            f"[oracle.{kind}] {key} starts with {name!r}, relative to a folder, but the code runs in a folder of its own; "
             "give an absolute path, or a name on the PATH"
         )
     if shutil.which(name) is None:
         raise EnvironmentProblem(
-            f"[oracle.{kind}] command starts with {name!r}, which is no program here; "
+            f"[oracle.{kind}] {key} starts with {name!r}, which is no program here{f' and no file of {folder}' if folder else ''}; "
             "load its module, or give the absolute path of an executable file"
         )
-    return words
+    return [name, *rest]
 
 
 @contextlib.contextmanager
@@ -77,23 +81,14 @@ def run(kind: str, words: list[str], folder: Path, output: str) -> str:
     """Run a command in a folder until it ends; if this process dies before, the command and all it started are ended.
 
     Args: output: name of the file that gets its standard output; standard error goes to stderr.txt.
-    Returns: how it ended, such as "exit status 0".   Raises: EnvironmentProblem if it cannot be started.
+    Returns: how it ended, such as "exit status 0".   Raises: EnvironmentProblem if it cannot be started, OracleCrashed if its guard died.
     """
-    with subprocess.Popen(
-        [sys.executable, "-P", str(GUARD), output, ERRORS, *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=folder,
-        start_new_session=True,  # or what kills this process would kill the guard
-    ) as guard:
-        report = guard.stdout.read() if guard.stdout else b""
-    if not report:
-        raise OracleCrashed(f"the guard of {kind} died (exit status {guard.returncode}); its words are in this process's log")
-    facts = json.loads(report)
-    if "error" in facts:
-        raise EnvironmentProblem(f"[oracle.{kind}] {shlex.join(words)} cannot be run: {facts['error']}")
-    status = facts["status"]
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    process = Guarded(kind, words, folder, output, ERRORS)
+    try:
+        process.wait()
+    finally:
+        process.stop()
+    return process.end
 
 
 def climb(ladder: list[dict[str, Any]], attempt: Callable[[int, dict[str, Any]], Label]) -> Label:

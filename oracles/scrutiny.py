@@ -1,4 +1,4 @@
-"""Doubts that all codes which are run once per label share: about the settings before, about the structure and the version after."""
+"""Doubts that codes in processes of their own share: about the settings before, about the structure and the version after."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from bnn_driver.records import Array, Frames
 
 ERRORS = "stderr.txt"
 """What a code writes to standard error, in its work folder."""
+END = 1 << 16
+"""Bytes of a log in which its last lines are looked for."""
 
 
 def check_rungs(kind: str, ladder: Iterable[dict[str, Any]], allowed: frozenset[str]) -> None:
@@ -120,11 +122,21 @@ def last_words(folder: Path, *files: str, lines: int = 12) -> str:
     """The ends of the files that are not empty, for a message."""
     ends = []
     for name in (*files, ERRORS):
-        text = text_of(folder / name).rstrip()
+        text = _end_of(folder / name).rstrip()
         if text:
             end = "\n".join(f"    {line}" for line in text.splitlines()[-lines:])
             ends.append(f"  the end of {folder / name}:\n{end}")
     return "\n".join(ends) or f"  nothing was written to {folder}"
+
+
+def _end_of(path: Path) -> str:
+    """The last bytes: the log of a code that keeps running may be long."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - END))
+            return file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def sha256(text: str) -> str:

@@ -1,4 +1,4 @@
-"""VASP, one run of the user's binary per label, from the user's own INCAR, KPOINTS and POTCAR or from settings in the config.
+"""VASP, one run of the user's binary per label or one that keeps running, from the user's own files or from settings in the config.
 
 Files are read here, so that nothing of the user's input is lost in translation; POSCAR, and an INCAR and KPOINTS made from the config,
 go through ASE's writers.  Tested by replaying outputs, never with the binary itself.
@@ -6,10 +6,11 @@ go through ASE's writers.  Tested by replaying outputs, never with the binary it
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
@@ -20,8 +21,11 @@ from bnn_driver.oracle import Capabilities, fingerprint, make_label
 from bnn_driver.records import Array, Frames, Label
 from oracles.one_shot import Keep, Shot, climb, program
 from oracles.scrutiny import check_geometry, check_rungs, check_version, last_words, sha256
+from oracles.sessions import Session, check_session, explained, start_in_words
+from oracles.vasp_frames import DIGITS
 from oracles.vasp_inputs import ALGORITHMS, SCF_TAGS, Incar, Potential, normal_kpoints, potentials_of
 from oracles.vasp_output import REACHED, VaspResult, read_result
+from oracles.vasp_session import TAGS, RunningVasp
 
 OUTPUT, KERNEL = "vasp.out", "vdw_kernel.bindat"
 CELL_DIGITS = 1e-8
@@ -60,7 +64,13 @@ class Vasp:
     """Tags to try one after another when the SCF does not converge; only such as lead to the same solution."""
     restart: bool = False
     """Start from the WAVECAR of the label before: faster, but then a label depends on its history."""
+    session: Literal["file", "interactive"] = "file"
+    """"interactive": VASP keeps running (INTERACTIVE = .TRUE.) while atoms, charge, multiplicity and cell stay: no start, and the
+    orbitals of the frame before, on which a label then depends.  Needs ISYM = 0.  The ladder runs by itself.  Tried on stand-ins only."""
+    restart_every: int = 500
+    """Labels of one start of a session."""
     keep_files: Keep = "failed"
+    _live: Session[RunningVasp] = field(init=False, repr=False, compare=False, default_factory=lambda: Session("vasp"))
 
     def __post_init__(self) -> None:
         if bool(self.folder) == bool(self.incar):
@@ -82,6 +92,8 @@ class Vasp:
         for rung in ladder:
             if str(rung.get("ALGO", "all")).lower() not in ALGORITHMS:
                 raise OracleConfigError(f"[oracle.vasp] ladder: ALGO = {rung['ALGO']} does not end in the ground state")
+        check_session("vasp", self.session != "file", self.restart, self.restart_every)
+        weakref.finalize(self, self._live.stop, failed=False)
 
     @property
     def code(self) -> str:
@@ -118,6 +130,8 @@ class Vasp:
         for name in ("LWAVE", "ISTART", "ICHARG") if self.restart else ():
             if name in self._incar.tags:
                 raise OracleConfigError(f"{self._incar.where(self._incar.tags[name])}: remove it, restart = true sets it")
+        if self.session != "file":
+            self._incar.check_session()
         self._order(frame)
         self._incar.state_tags(frame, self._valence(frame))
 
@@ -127,10 +141,13 @@ class Vasp:
         return climb(self.ladder, lambda rung, changes: self._attempt(frame, rung, changes))
 
     def _attempt(self, frame: Frames, rung: int, changes: dict[str, Any]) -> Label:
-        name = fingerprint(self)
-        shot = Shot("vasp", self.command, OUTPUT, self.keep_files, ("WAVECAR",) if self.restart else ())
-        write, read = partial(self._write, frame, changes), partial(self._read, frame, name)
-        result, facts = shot.fire(frame, name, rung, write, read)
+        if rung == 0 and self.session == "interactive":
+            result, facts = self._in_session(frame)
+        else:
+            name = fingerprint(self)
+            shot = Shot("vasp", self.command, OUTPUT, self.keep_files, ("WAVECAR",) if self.restart else ())
+            write, read = partial(self._write, frame, changes), partial(self._read, frame, name)
+            result, facts = shot.fire(frame, name, rung, write, read)
         said = f"{REACHED!r} after {result.steps} of {result.parameters['NELM']} steps"
         evidence = "; ".join([said, f"version {result.version}", *facts])
         forces = np.empty_like(result.forces)
@@ -138,6 +155,36 @@ class Vasp:
         stress = result.stress if self.stress else None
         label = make_label(self, frame, result.energy, forces, stress, evidence=evidence, rung=rung)
         return label if self.version else replace(label, code=f"vasp {result.version}")
+
+    def _in_session(self, frame: Frames) -> tuple[VaspResult, list[str]]:
+        """As `Shot.fire`, by the running code."""
+        try:
+            code = self._live.code(
+                lambda running: running.fits(frame, self.restart_every), partial(self._start, frame), self.keep_files
+            )
+            with explained(code, "OUTCAR", OUTPUT):
+                result = code.compute(self._fractions(frame))
+                self._check_result(result, frame, fingerprint(self), DIGITS)
+        except BaseException:
+            self._live.stop(failed=True)
+            raise
+        return result, [start_in_words(code.labels)]
+
+    def _start(self, frame: Frames, folder: Path) -> RunningVasp:
+        tags = TAGS | {"NSW": str(self.restart_every + 1)}
+        if "IWAVPR" not in self._incar.tags:
+            tags["IWAVPR"] = "11"  # the density moves with the atoms
+        words = program("vasp", self.command)
+        return RunningVasp(words, folder, OUTPUT, frame, lambda work: self._write(frame, tags, work, ""))
+
+    def _fractions(self, frame: Frames) -> Array:
+        """(A, 3), atoms as in POSCAR."""
+        cell = np.eye(3) if frame.cell is None else frame.cell[0]
+        return np.linalg.solve(cell.T, frame.positions[0][self._order(frame)].T).T
+
+    def close(self) -> None:
+        """End the running code, if there is one."""
+        self._live.stop(failed=False)
 
     def _order(self, frame: Frames) -> Array:
         """(A,) index in the frame of each atom of POSCAR.  Raises: OracleConfigError unless there is one POTCAR for each element."""
@@ -176,20 +223,24 @@ class Vasp:
 
     def _read(self, frame: Frames, name: str, folder: Path, ended: str) -> VaspResult:
         """The result, with the folder's last words in any failure."""
-        order = self._order(frame)
-        as_sorted = replace(frame, numbers=frame.numbers[order], positions=frame.positions[:, order])
         try:
             result = read_result(folder)
-            check_geometry("VASP", as_sorted, result.numbers, result.positions, result.cell, result.digits, CELL_DIGITS)
-            electrons = self._valence(frame) - frame.charge
-            if not abs(float(result.parameters.get("NELECT", "nan")) - electrons) <= 1e-4:
-                raise OracleInconsistent(f"VASP ran with {result.parameters.get('NELECT')} electrons, expected {electrons:g}")
-            if self.stress and result.stress is None:
-                raise OracleInconsistent("vasprun.xml has no stress, though ISIF asked for it")
-            check_version("vasp", name, self.version, result.version)
+            self._check_result(result, frame, name, result.digits)
         except OracleError as error:
             raise type(error)(f"{error} ({ended})\n{last_words(folder, 'OUTCAR', OUTPUT)}") from error
         return result
+
+    def _check_result(self, result: VaspResult, frame: Frames, name: str, tolerance: float) -> None:
+        """Args: tolerance: Å, of the printed positions."""
+        order = self._order(frame)
+        as_sorted = replace(frame, numbers=frame.numbers[order], positions=frame.positions[:, order])
+        check_geometry("VASP", as_sorted, result.numbers, result.positions, result.cell, tolerance, CELL_DIGITS)
+        electrons = self._valence(frame) - frame.charge
+        if not abs(float(result.parameters.get("NELECT", "nan")) - electrons) <= 1e-4:
+            raise OracleInconsistent(f"VASP ran with {result.parameters.get('NELECT')} electrons, expected {electrons:g}")
+        if self.stress and result.stress is None:
+            raise OracleInconsistent("VASP printed no stress, though ISIF asked for it")
+        check_version("vasp", name, self.version, result.version)
 
     @cached_property
     def _incar(self) -> Incar:

@@ -19,7 +19,7 @@ SCF_TAGS = frozenset(_SCF_TAGS.split())
 _MECHANICS = (
     "SYSTEM NCORE NPAR KPAR NSIM NBLK LPLANE LSCALAPACK LSCALU LSCAAWARE LASYNC MAXMEM NWRITE LWAVE LCHARG LVTOT LVHAR LELF LORBIT LAECHG "
     "LH5 LWAVEH5 LCHARGH5 NEDOS EMIN EMAX NSW IBRION ISIF POTIM NFREE EDIFFG MDALGO TEBEG TEEND SMASS NBLOCK KBLOCK APACO NPACO ISTART "
-    "ICHARG NELECT NUPDOWN"
+    "ICHARG NELECT NUPDOWN IWAVPR"
 )
 MECHANICS = frozenset(_MECHANICS.split())
 """What does not fix the level of theory of a single point, or comes with the frame."""
@@ -89,6 +89,15 @@ class Incar:
                 raise OracleConfigError(
                     f"{self.where(tag)} {effect}; remove it: a label is one converged single-point calculation"
                 )
+
+    def check_session(self) -> None:
+        """Refuse what cannot go on over several frames.  Raises: OracleConfigError."""
+        symmetry = self.tags.get("ISYM")
+        if symmetry is None or symmetry.number_or_none not in (-1, 0):
+            said = f"{self.source} has no ISYM" if symmetry is None else self.where(symmetry)
+            raise OracleConfigError(
+                f'{said}: session = "interactive" needs ISYM = 0 or -1, for VASP looks for symmetry in the first frame only'
+            )
 
     def state_tags(self, frame: Frames, valence: float) -> dict[str, str]:
         """The tags for charge and multiplicity that the file does not have yet.

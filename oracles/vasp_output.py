@@ -87,6 +87,11 @@ def loop_end(outcar: str) -> str:
     return found[-1].strip(" -") if found else ""
 
 
+def free_energy(outcar: str) -> float:
+    """The last TOTEN, eV.  Raises: OracleInconsistent."""
+    return float(numbers_of("VASP", _TOTEN.findall(outcar)[-1:], 1)[0])
+
+
 def _checked(result: VaspResult, outcar: str) -> VaspResult:
     limit = int(float(result.parameters.get("NELM", "0")))
     if result.steps >= limit:
@@ -94,8 +99,7 @@ def _checked(result: VaspResult, outcar: str) -> VaspResult:
     for name in ("NSW", "PSTRESS"):
         if float(result.parameters.get(name, "0")) != 0:
             raise OracleInconsistent(f"VASP ran with {name} = {result.parameters[name]}, though 0 was asked for")
-    found = _TOTEN.findall(outcar)
-    energy = float(numbers_of("VASP", found[-1:], 1)[0])
+    energy = free_energy(outcar)
     if not abs(energy - result.energy) <= ENERGY_TOLERANCE:
         raise OracleInconsistent(f"OUTCAR says TOTEN = {energy} eV, but vasprun.xml e_fr_energy = {result.energy} eV")
     version = _VERSION.search(outcar)
@@ -126,14 +130,22 @@ def read_xml(path: Path) -> VaspResult:
         numbers=np.array([atomic_numbers.get(symbol, 0) for symbol in symbols]),
         positions=_matrix(calculation, "structure/varray[@name='positions']") @ cell,
         cell=cell,
-        version=_version(generator.get("version", ""), generator.get("subversion", "")),
+        version=release(generator.get("version", ""), generator.get("subversion", "")),
         steps=_steps(calculation),
-        parameters={item.get("name", ""): (item.text or "").strip() for item in root.findall("parameters//i")},
+        parameters=_parameters(root),
     )
 
 
-def _version(number: str, subversion: str) -> str:
-    """Number and date: "6.3.0" and "20Jan22 (build ...", or "5.4.4.18Apr17-6-g9f103f2a35" and "(build ..."."""
+def _parameters(root: ElementTree.Element) -> dict[str, str]:
+    """The first of each name: "response functions", at the end, have a NELM of their own (1, in VASP 5.4.4)."""
+    found: dict[str, str] = {}
+    for item in root.findall("parameters//i"):
+        found.setdefault(item.get("name", ""), (item.text or "").strip())
+    return found
+
+
+def release(number: str, subversion: str) -> str:
+    """Number and date of "6.3.0" and "20Jan22 (build ...", or "5.4.4.18Apr17-6-g9f103f2a35" and "(build ..."."""
     found = _RELEASE.match(number)
     if found is None:
         return number

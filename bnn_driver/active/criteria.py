@@ -12,10 +12,12 @@ the exact law would.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
+from ase.data import atomic_numbers
 
 from bnn_driver.errors import ConfigError
 from bnn_driver.records import Array, LabelledFrame, Prediction
@@ -39,6 +41,8 @@ class EnergyCriterion:
 
     accuracy: float
     """eV, or eV per atom."""
+    needs: ClassVar[frozenset[str]] = frozenset({"predicted_energy", "energy_predictive_sd"})
+    """Facts of a label's context that it judges by."""
     per_atom: bool = False
     """True: the accuracy is multiplied by the number of atoms."""
     name: str = "energy"
@@ -72,6 +76,8 @@ class ForceCriterion:
 
     accuracy: float
     """eV/Å."""
+    needs: ClassVar[frozenset[str]] = frozenset({"predicted_forces", "force_predictive_sd"})
+    """Facts of a label's context that it judges by."""
     name: str = "force"
     """Names the group and its calibration."""
     atoms: tuple[int, ...] | None = None
@@ -129,3 +135,22 @@ class ForceCriterion:
 
 
 ErrorCriterion = EnergyCriterion | ForceCriterion
+
+
+def promised(
+    energy: float, forces: float | None, species: Mapping[str, float], groups: Mapping[str, tuple[Sequence[int], float]]
+) -> tuple[ErrorCriterion, ...]:
+    """The criteria of the section [accuracy].
+
+    Args: energy: eV.   forces: eV/Å, of any atom, or None.   species: symbol -> eV/Å.   groups: name -> (indices, eV/Å).
+    Raises: ConfigError for a symbol that is no element.
+    """
+    criteria: list[ErrorCriterion] = [EnergyCriterion(energy)]
+    if forces is not None:
+        criteria.append(ForceCriterion(forces))
+    for symbol, limit in species.items():
+        if symbol not in atomic_numbers:
+            raise ConfigError(f"[accuracy] species: {symbol!r} is no element")
+        criteria.append(ForceCriterion(limit, f"force {symbol}", species=(atomic_numbers[symbol],)))
+    criteria.extend(ForceCriterion(limit, f"force {name}", atoms=tuple(atoms)) for name, (atoms, limit) in groups.items())
+    return tuple(criteria)

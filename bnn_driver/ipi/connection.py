@@ -98,22 +98,22 @@ class Connection:
         if self._shared_memory:
             h, positions, n_atoms = self._read_shared()
         elif self._batch > 1:
-            n_atoms = wire.unpack_count(read(4), "atoms")
+            n_atoms = wire.unpack_atoms(read(4))
             h, positions = wire.split_batched_posdata(read(wire.posdata_body_size(n_atoms, self._batch)), n_atoms, self._batch)
         else:
             h = np.frombuffer(read(wire.CELLS_SIZE), np.float64)[None, :9]
-            n_atoms = wire.unpack_count(read(4), "atoms")
+            n_atoms = wire.unpack_atoms(read(4))
             positions = np.frombuffer(read(wire.posdata_body_size(n_atoms, 1)), np.float64)[None]
         x, cell = wire.decode_frames(h, positions, n_atoms)
         return Asked(x, cell, self._parameters or "")
 
     def _read_shared(self) -> tuple[Array, Array, int]:
-        n_atoms = wire.unpack_count(self._channel.read(4), "atoms")
+        n_atoms = wire.unpack_atoms(self._channel.read(4))
         if self._shared is None:
             names = {}
             for kind in wire.SEGMENTS:
                 size = wire.unpack_count(self._channel.read(4), "bytes of a segment's name", limit=4096)
-                names[kind] = self._channel.read(size).decode()
+                names[kind] = _text(self._channel.read(size), "the name of a segment")
             self._shared = SharedArrays(names, self._batch, n_atoms)
         if n_atoms != self._shared.n_atoms:
             raise ProtocolError(f"i-PI sent {n_atoms} atoms through shared memory made for {self._shared.n_atoms}")
@@ -151,3 +151,10 @@ class Connection:
         self._channel.close()
         if self._shared is not None:
             self._shared.close()
+
+
+def _text(data: bytes, what: str) -> str:
+    try:
+        return data.decode("ascii")
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"expected {what} in ASCII but got {data[:60]!r}") from error

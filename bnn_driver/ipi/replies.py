@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from bnn_driver.errors import BnnError, GuardStop
 from bnn_driver.records import Array
@@ -110,8 +111,10 @@ class ReplyCheck:
 def _refuse_value(name: str, values: Array, request: Request) -> NoReturn:
     index = np.argwhere(~np.isfinite(values))[0]
     where = f"structure {index[0]}" + (f", atom {index[1]}" if name == "forces" else "")
-    distances = np.linalg.norm(request.positions[index[0], :, None] - request.positions[index[0], None], axis=-1)
-    shortest = distances[np.triu_indices(len(distances), 1)].min(initial=np.inf)
+    positions = request.positions[index[0]]
+    # a tree, because all pairs of 20,000 atoms would take 10 GB; absurd positions may be infinitely far apart
+    with np.errstate(over="ignore", invalid="ignore"):
+        shortest = cKDTree(positions).query(positions, k=2)[0][:, 1].min()
     raise GuardStop(
         f"{name} of {where} is {values[tuple(index)]}: not sent, because i-PI would carry it through the whole trajectory. "
         f"The shortest distance there is {shortest:.3f} Å; go on from the last checkpoint with a shorter timestep"

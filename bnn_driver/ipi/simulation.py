@@ -36,13 +36,13 @@ KEEP_SECONDS = 20.0
 """How often the newest checkpoint is copied."""
 KEPT = "kept.checkpoint"
 MARK = "# i-PI started on "
-# ends i-PI (SIGTERM: it writes RESTART) when this process dies, however it dies; the last line closes the race at the start
+# argv: this process, then a command that is ended (SIGTERM: i-PI writes RESTART) when this process dies, however it dies
 LAUNCH = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     if os.getppid() != int(sys.argv[1]):
-        sys.exit("the driver died before i-PI started")
+        sys.exit("the parent died before this process started")
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
@@ -93,7 +93,7 @@ class IpiProcess:
 
     def _spawn(self, source: Path) -> None:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", LAUNCH, str(os.getpid()), sys.executable, str(_script()), source.name]
+        command = [sys.executable, "-c", LAUNCH, str(os.getpid()), sys.executable, str(ipi_script()), source.name]
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log_file.open("ab") as stream:
             stream.write(f"{MARK}{source} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
@@ -193,7 +193,7 @@ class IpiProcess:
                 text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", str(source.resolve()), text)
             elif overwrite or not (self.folder / name).exists():
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, self.folder / name)
+                shutil.copyfile(source, self.folder / name)  # not its mode: the umask rules
         return text
 
     @property
@@ -291,7 +291,7 @@ class IpiProcess:
         return not self.is_running and "I-PI reports success" in text and not any(words in text for words in cut_short)
 
 
-def _script() -> Path:
+def ipi_script() -> Path:
     """The `i-pi` of this environment.  Raises: EnvironmentProblem without one."""
     beside = Path(sysconfig.get_path("scripts")) / "i-pi"
     found = beside if beside.is_file() else shutil.which("i-pi")

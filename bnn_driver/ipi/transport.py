@@ -22,6 +22,7 @@ from bnn_driver.errors import ConfigError, EnvironmentProblem, IpiGone
 from bnn_driver.records import Array
 
 READ_AHEAD = 1 << 16  # bytes asked of the kernel at once: a POSDATA comes with the header that follows it
+READ_AT_ONCE = 1 << 20  # at most: room is made for what comes, never for what a message announces
 Listener = socket.socket
 RETRY_SECONDS = 0.05  # between two attempts to connect
 
@@ -73,23 +74,28 @@ class Channel:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def read(self, size: int, deadline: float | None = None) -> bytes:
-        """Exactly `size` bytes.
+        """Exactly `size` bytes; takes memory for what has come, not for `size`.
 
-        Args: deadline: time.monotonic() after which TimeoutError is raised; None waits for ever.
+        Args: deadline: time.monotonic() after which TimeoutError is raised, also while bytes trickle in; what has come is kept
+            for the next read.  None waits for ever.
         Raises: IpiGone when the peer is gone; TimeoutError.
         """
         if len(self._ahead) < size:
             parts, have = [self._ahead], len(self._ahead)
-            while have < size:
-                parts.append(self._receive(max(size - have, READ_AHEAD), deadline))
-                have += len(parts[-1])
-            self._ahead = b"".join(parts)
+            try:
+                while have < size:
+                    parts.append(self._receive(min(max(size - have, READ_AHEAD), READ_AT_ONCE), deadline))
+                    have += len(parts[-1])
+            finally:
+                self._ahead = b"".join(parts)
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         return data
 
     def _receive(self, size: int, deadline: float | None) -> bytes:
-        if deadline is not None and not self.readable(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(f"{self.name} sent nothing in time")
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._has_come(left):
+                raise TimeoutError(f"{self.name} did not send all of a message in time")
         try:
             data = self._socket.recv(size)
         except OSError as error:
@@ -100,8 +106,9 @@ class Channel:
 
     def readable(self, seconds: float) -> bool:
         """True when a byte, or the end of the connection, can be read within `seconds`."""
-        if self._ahead:
-            return True
+        return bool(self._ahead) or self._has_come(seconds)
+
+    def _has_come(self, seconds: float) -> bool:
         try:
             poller = select.poll()
             poller.register(self._socket, select.POLLIN)
@@ -197,11 +204,11 @@ def listen(endpoint: Endpoint) -> tuple[socket.socket, Endpoint]:
 
 
 def accept(server: socket.socket, seconds: float, name: str) -> Channel | None:
-    """Channel to the next peer, called `name` in messages; None when none came within `seconds`."""
+    """Channel to the next peer, called `name` in messages; None when none came within `seconds` (0: none waits)."""
     server.settimeout(seconds)
     try:
         sock, _ = server.accept()
-    except TimeoutError:
+    except (TimeoutError, BlockingIOError):
         return None
     sock.settimeout(None)
     return Channel(sock, name)

@@ -12,6 +12,7 @@ Source: ipi/interfaces/sockets.py of i-PI 3.3.1.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,9 @@ from bnn_driver.units import BOHR, HARTREE, HARTREE_PER_BOHR
 
 HEADER_SIZE = 12
 CELLS_SIZE = 18 * 8  # h and its inverse
+MOST_ATOMS = 10_000_000
+MOST_TEXT = 10_000_000  # bytes of one INIT or extras
+MOST_STRUCTURES = 100_000  # of one batch
 SEGMENTS = ("pos", "h", "ih", "pot", "force", "vir")  # order of the names in the first shm POSDATA
 
 
@@ -44,24 +48,33 @@ def unpack_int(data: bytes) -> int:
     return int(np.frombuffer(data, np.int32)[0])
 
 
-def unpack_count(data: bytes, what: str, limit: int = 10_000_000) -> int:
-    """A non-negative int32 that counts `what`.  Raises: ProtocolError outside [0, limit], as out-of-step bytes would give."""
+def unpack_count(data: bytes, what: str, limit: int = MOST_TEXT, least: int = 0) -> int:
+    """An int32 that counts `what`.  Raises: ProtocolError outside [least, limit], as out-of-step bytes would give."""
     value = unpack_int(data)
-    if not 0 <= value <= limit:
-        raise ProtocolError(f"expected the number of {what} (0 to {limit}) but got {value}: the two sides are out of step")
+    if not least <= value <= limit:
+        raise ProtocolError(f"expected the number of {what} ({least} to {limit}) but got {value}: the two sides are out of step")
     return value
+
+
+def unpack_atoms(data: bytes) -> int:
+    """The number of atoms of a message.  Raises: ProtocolError outside [1, MOST_ATOMS]."""
+    return unpack_count(data, "atoms", MOST_ATOMS, least=1)
 
 
 def batch_size(parameters: str) -> int:
     """Structures per request that the text of INIT announces; 1 where it says nothing.
 
     i-PI appends "batch_size:B" to the text, so the last one counts, as in i-PI's own driver.
+    Raises: ProtocolError beyond MOST_STRUCTURES.
     """
     size = 1
     for token in parameters.split(","):
         key, _, value = token.partition(":")
-        if key.strip() == "batch_size" and value.strip().isdigit():
-            size = max(1, int(value))
+        if key.strip() == "batch_size" and re.fullmatch(r"\s*[0-9]+\s*", value):
+            digits = value.strip().lstrip("0")
+            if len(digits) > len(str(MOST_STRUCTURES)) or int(digits or 0) > MOST_STRUCTURES:
+                raise ProtocolError(f"INIT announces batch_size:{digits[:20]}, expected at most {MOST_STRUCTURES}")
+            size = max(1, int(digits or 0))
     return size
 
 
@@ -140,9 +153,10 @@ def pack_forces(energy: Array, forces: Array, virial: Array, extras: Sequence[st
 
 
 def decode_forces(energy: bytes, forces: bytes, virial: bytes) -> tuple[float, Array, Array]:
-    """Energy eV, forces (A, 3) eV/Å and virial (3, 3) eV out of a plain FORCEREADY."""
-    return (
-        float(np.frombuffer(energy, np.float64)[0]) * HARTREE,
-        np.frombuffer(forces, np.float64).reshape(-1, 3) * HARTREE_PER_BOHR,
-        np.frombuffer(virial, np.float64).reshape(3, 3) * HARTREE,
-    )
+    """Energy eV, forces (A, 3) eV/Å and virial (3, 3) eV out of a plain FORCEREADY; absurd ones may become infinite."""
+    with np.errstate(over="ignore"):
+        return (
+            float(np.frombuffer(energy, np.float64)[0]) * HARTREE,
+            np.frombuffer(forces, np.float64).reshape(-1, 3) * HARTREE_PER_BOHR,
+            np.frombuffer(virial, np.float64).reshape(3, 3) * HARTREE,
+        )

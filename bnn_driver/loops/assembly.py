@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ase.data
 import ase.io
 import numpy as np
 import torch
 
-from bnn_driver.active.criteria import EnergyCriterion, ForceCriterion
+from bnn_driver.active.criteria import ForceCriterion, promised
 from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.bayes.laplace import energy_sd
@@ -52,14 +51,14 @@ class Model:
         return dict(self.potential.weights) | head
 
 
-def read_system(config: Config, base: Path) -> tuple[Frames, IpiInput | None]:
-    """The atoms of the run, from the i-PI input or from [system] structure.
+def read_system(config: Config, base: Path, walker: str = "") -> tuple[Frames, IpiInput | None]:
+    """The atoms of the run, from the i-PI input (of a walker) or from [system] structure.
 
     Raises: ConfigError when neither is given or the file cannot be used.
     """
     system = config.system
-    if config.ipi.input:
-        found = read_input(base / config.ipi.input)
+    if xml := config.ipi.input_of(walker):
+        found = read_input(base / xml)
         numbers, positions, cell = found.numbers, found.positions, found.cell
     elif system.structure:
         found = None
@@ -165,19 +164,12 @@ def make_policy(config: Config, numbers: Array, audit_probability: float) -> tup
     Raises: ConfigError when a criterion names an element or an atom that the system does not have.
     """
     a = config.accuracy
-    criteria: list[EnergyCriterion | ForceCriterion] = [EnergyCriterion(a.energy)]
-    if a.forces is not None:
-        criteria.append(ForceCriterion(a.forces))
-    for symbol, limit in a.species.items():
-        if symbol not in ase.data.atomic_numbers:
-            raise ConfigError(f"[accuracy] species: {symbol!r} is no element")
-        criteria.append(ForceCriterion(limit, f"force {symbol}", species=(ase.data.atomic_numbers[symbol],)))
-    criteria.extend(ForceCriterion(group.forces, f"force {name}", atoms=group.atoms) for name, group in a.groups.items())
+    criteria = promised(a.energy, a.forces, a.species, {name: (group.atoms, group.forces) for name, group in a.groups.items()})
     for item in criteria:
         if isinstance(item, ForceCriterion):
             item.members(numbers)
     c = config.calibration
-    policy = Policy(tuple(criteria), a.confidence, audit_probability)
+    policy = Policy(criteria, a.confidence, audit_probability)
     return policy, {item.name: GammaCalibration(c.a, c.b, c.forgetting) for item in criteria}
 
 

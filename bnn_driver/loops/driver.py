@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from bnn_driver import units
 from bnn_driver.active.criteria import Calibration
 from bnn_driver.active.policy import Policy
 from bnn_driver.active.sanity import check_sanity
 from bnn_driver.bayes.calibration import Coverage
 from bnn_driver.ipi.client import Reply, Request
+from bnn_driver.loops.answering import make_reply
 from bnn_driver.loops.chain_update import energy_offset
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.labelling import Labelling
@@ -79,6 +79,10 @@ class DriverSettings:
     seed: int
     accuracy: float
     """eV, the promise on the energy, kept with every label: an audit is judged by the promise under which its frame was served."""
+    walker: str = ""
+    """Name among the simulations that share labels and weights; empty when there is one."""
+    ask_at_once: int | None = None
+    """Most frames of a request that are labelled before the others are judged again; None: all."""
 
 
 class Driver:
@@ -108,11 +112,12 @@ class Driver:
         self.on_step = on_step
         self.clock = Clock()
         self.calibrations = dict(calibrations)
+        self._walker = (settings.walker,) if settings.walker else ()
         self.coverage = {criterion.name: Coverage() for criterion in policy.criteria}
-        for item in labelling.store.all():
-            self.calibrations = policy.observe(self.calibrations, item, self.offset)
-            if item.context["audit"] and self._same_promise(item):
-                self._observe_audit(item)
+        self._observed: set[str] = set()
+        self._take_new_labels(told=False)
+        self.before_asking: Callable[[int], None] = lambda count: None
+        """Called with the number of labels about to be asked for; may raise instead."""
         self._replied = time.monotonic()
 
     @property
@@ -127,14 +132,13 @@ class Driver:
         frames = self._frames(request)
         check_sanity(frames, self.settings.min_distance)
         self._take_audits()
+        self._take_new_labels()
         if self.ensemble.generation == 0 and len(self.labelling.store) > 0:
             self._wait_for_chains(0)
         if self.counter.at_ring_start or self.ensemble.generation == 0:
             self._swap(self.chains.newest())
-        prediction = self._predict(frames)
-        decisions = self._decide(prediction, frames)
-        labelled = self._label(frames, prediction, decisions)
-        reply = self._reply(prediction, decisions, labelled, frames)
+        prediction, decisions, labelled = self._settle(frames)
+        reply = make_reply(prediction, decisions, labelled, frames, self.offset, self.settings.extras)
         self._tell(decisions)
         self.counter.advance(len(request.positions), request.rows, request.padding)
         self._replied = time.monotonic()
@@ -153,7 +157,7 @@ class Driver:
 
     def _decide(self, prediction: Prediction, frames: Frames) -> list[Decision]:
         moments = [self.counter.moment(b) for b in range(len(frames))]
-        audit = np.array([uniform(self.settings.seed, "audit", step, bead) for step, bead in moments])
+        audit = np.array([uniform(self.settings.seed, "audit", *self._walker, step, bead) for step, bead in moments])
         first = len(self.labelling.store) == 0
         decisions = self.policy.judge(prediction, frames, self.calibrations, audit, first)
         squared = np.einsum("bac,bac->ba", prediction.mean_forces, prediction.mean_forces)
@@ -167,29 +171,74 @@ class Driver:
             for d, is_absurd in zip(decisions, absurd, strict=True)
         ]
 
-    def _label(self, frames: Frames, prediction: Prediction, decisions: Sequence[Decision]) -> dict[int, LabelledFrame]:
-        """Labels of the asked frames, by index; audits are queued; calibration and chains learn what came."""
+    def _settle(self, frames: Frames) -> tuple[Prediction, list[Decision], dict[int, LabelledFrame]]:
+        """Judge the frames until each is certain or labelled.
+
+        A second judgement comes when frames wait for a worker while new weights arrive, or when only the worst were to be labelled:
+        then all frames are predicted by the new weights, and those that have become certain are not labelled.
+        """
         labelled: dict[int, LabelledFrame] = {}
-        asked: list[int] = []
+        first_decisions: list[Decision] | None = None
+        while True:
+            prediction = self._predict(frames)
+            decisions = self._decide(prediction, frames)
+            if first_decisions is not None:
+                decisions = [first_decisions[b] if b in labelled else d for b, d in enumerate(decisions)]
+                self._tell_of_dropped(first_decisions, decisions)
+            first_decisions = decisions
+            for b in (b for b in range(len(frames)) if b not in labelled):
+                self._record(decisions[b], b, prediction.generation)
+            labelled |= self._known(frames, decisions, labelled)
+            asked = [b for b, d in enumerate(decisions) if d.ask and b not in labelled]
+            labelled |= self._label(frames, prediction, decisions, asked)
+            if all(b in labelled for b in asked):
+                self._queue_audits(frames, prediction, decisions)
+                return prediction, decisions, labelled
+            self._swap(self.chains.newest())
+
+    def _known(
+        self, frames: Frames, decisions: Sequence[Decision], labelled: Mapping[int, LabelledFrame]
+    ) -> dict[int, LabelledFrame]:
+        """Asked frames that have a label already."""
+        found = {b: self.labelling.known(frames[b]) for b, d in enumerate(decisions) if d.ask and b not in labelled}
+        return {b: label for b, label in found.items() if label is not None}
+
+    def _queue_audits(self, frames: Frames, prediction: Prediction, decisions: Sequence[Decision]) -> None:
         for b, decision in enumerate(decisions):
-            known = self.labelling.known(frames[b]) if decision.ask else None
-            if known is not None:
-                labelled[b] = known
-            elif decision.ask:
-                asked.append(b)
-            elif decision.criterion == "audit" and not self._was_labelled(frames[b], b):
+            if decision.criterion == "audit" and not self._was_labelled(frames[b], b):
                 self.labelling.audit(frames[b], self._context(frames, prediction, decision, b), self.warn)
-            self._record(decision, b)
-        if asked:
-            begin = time.monotonic()
-            contexts = [self._context(frames, prediction, decisions[b], b) for b in asked]
-            answers = self.labelling.ask([frames[b] for b in asked], contexts)
-            self.clock.oracle += time.monotonic() - begin
-            labelled.update(zip(asked, answers, strict=True))
-            for answer in answers:
+
+    def _tell_of_dropped(self, before: Sequence[Decision], after: Sequence[Decision]) -> None:
+        """Frames that were to be labelled and are certain now."""
+        for b, (then, now) in enumerate(zip(before, after, strict=True)):
+            if then.ask and not now.ask:
+                step, bead = self.counter.moment(b)
+                self.events.append("dropped", step=step, bead=bead, was=then.probability, probability=now.probability)
+
+    def _label(
+        self, frames: Frames, prediction: Prediction, decisions: Sequence[Decision], asked: Sequence[int]
+    ) -> dict[int, LabelledFrame]:
+        """Labels of the asked frames, or of as many as may be asked at once, the most uncertain first; what came is learnt."""
+        if not asked:
+            return {}
+        begin = time.monotonic()
+        worst_first = sorted(asked, key=lambda b: (-decisions[b].probability, -decisions[b].energy_predictive_sd))
+        # beads of one ring must not be served by different weights
+        whole_ring = self.counter.at_ring_start
+        chosen = worst_first[: self.settings.ask_at_once] if whole_ring else worst_first
+        self.before_asking(len(chosen))
+        contexts = [self._context(frames, prediction, decisions[b], b) for b in chosen]
+        changed = partial(self._has_new_weights, prediction.generation) if whole_ring else None
+        answers = self.labelling.ask([frames[b] for b in chosen], contexts, changed)
+        self.clock.oracle += time.monotonic() - begin
+        for answer in answers:
+            if answer is not None:
                 self._learn(answer)
-            self._wait_for_chains(self.settings.max_lag)
-        return labelled
+        self._wait_for_chains(self.settings.max_lag)
+        return {b: answer for b, answer in zip(chosen, answers, strict=True) if answer is not None}
+
+    def _has_new_weights(self, generation: int) -> bool:
+        return self.chains.newest() != generation
 
     def _was_labelled(self, frame: Frames, b: int) -> bool:
         """Whether an audit would be of a moment or of a structure that has its label: both come again when i-PI steps back."""
@@ -197,8 +246,27 @@ class Driver:
 
     def _learn(self, answer: LabelledFrame) -> None:
         """Take the calibration pair, of what was believed before the label came."""
+        if answer.label.frame_id in self._observed:
+            return
         self._announce(answer)
-        self.calibrations = self.policy.observe(self.calibrations, answer, self.offset)
+        self._observe(answer)
+
+    def _observe(self, item: LabelledFrame) -> None:
+        self._observed.add(item.label.frame_id)
+        self.calibrations = self.policy.observe(self.calibrations, item, self.offset)
+
+    def _take_new_labels(self, told: bool = True) -> None:
+        """Calibrate on labels of other walkers, or at the start on all.  Args: told: False when the events know of them."""
+        if told and self.settings.walker:
+            self.labelling.store.refresh()
+        for item in self.labelling.store.all() if len(self.labelling.store) > len(self._observed) else ():
+            if item.label.frame_id in self._observed:
+                continue
+            if item.context["audit"] and self._same_promise(item):
+                self._observe_audit(item)
+            self._observe(item)
+            if told:
+                self.events.append("shared", frame_id=item.label.frame_id, walker=item.context.get("walker", ""), step=self.step)
 
     def _announce(self, answer: LabelledFrame) -> None:
         known, label = answer.context, answer.label
@@ -209,7 +277,7 @@ class Driver:
     def announce_missing(self, announced: set[str]) -> None:
         """Events of labels that a killed start had on disk but had not told of.  Args: announced: frame ids with an event."""
         for item in self.labelling.store.all():
-            if item.label.frame_id not in announced:
+            if self.labelling.is_own(item) and item.label.frame_id not in announced:
                 self._announce(item)
 
     def _same_promise(self, item: LabelledFrame) -> bool:
@@ -218,19 +286,21 @@ class Driver:
 
     def _take_audits(self, timeout: float = 0.0) -> None:
         for answer in self.labelling.collect(self.warn, timeout):
-            broken = self._broken()
-            self._observe_audit(answer)
-            self._learn(answer)
-            for name in self._broken() - broken:
-                counted = self.coverage[name]
-                self.warn(
-                    f"the promise on the {name} is broken: {counted.exceeded} of {counted.audits} audited frames were beyond the accuracy; "
-                    "the audits enter the calibration, so more frames are asked from here on"
-                )
+            if answer.label.frame_id not in self._observed:
+                self._observe_audit(answer)
+                self._learn(answer)
 
     def _observe_audit(self, answer: LabelledFrame) -> None:
+        """Count an audit; said at the moment when the audits refute the promise."""
+        broken = self._broken()
         for name, exceeded in self.policy.exceeded(answer, self.offset).items():
             self.coverage[name] = self.coverage[name].observe(exceeded)
+        for name in self._broken() - broken:
+            counted = self.coverage[name]
+            self.warn(
+                f"the promise on the {name} is broken: {counted.exceeded} of {counted.audits} audited frames were beyond the accuracy; "
+                "the audits enter the calibration, so more frames are asked from here on"
+            )
 
     def _broken(self) -> set[str]:
         """Criteria whose promise the audits refute."""
@@ -239,7 +309,11 @@ class Driver:
 
     def _wait_for_chains(self, allowed_lag: int) -> None:
         begin = time.monotonic()
-        asked = {item.label.frame_id for item in self.labelling.store.all() if not item.context["audit"]}
+        asked = {
+            item.label.frame_id
+            for item in self.labelling.store.all()
+            if not item.context["audit"] and (self.labelling.is_own(item) or self.ensemble.generation == 0)
+        }
         self.on_step(self.step, f"the chains learn label {len(self.labelling.store)}")
         self.chains.wait_until_learnt(asked, allowed_lag)
         self.clock.chains += time.monotonic() - begin
@@ -256,40 +330,6 @@ class Driver:
     def offset(self) -> float:
         """eV, E_foundation - E_oracle at the first label: added to every oracle energy."""
         return energy_offset(self.labelling.store.read(0))
-
-    def _reply(
-        self, prediction: Prediction, decisions: Sequence[Decision], labelled: dict[int, LabelledFrame], frames: Frames
-    ) -> Reply:
-        energy, forces, virial = prediction.mean_energy.copy(), prediction.mean_forces.copy(), prediction.mean_virial.copy()
-        for b, answer in labelled.items():
-            energy[b] = answer.label.energy + self.offset
-            forces[b] = answer.label.forces
-            virial[b] = _label_virial(answer, frames[b], prediction.mean_virial[b])
-        extras = [
-            json.dumps(self._extras(prediction, decision, b, energy[b], forces[b], virial[b], b in labelled))
-            for b, decision in enumerate(decisions)
-        ]
-        return Reply(energy, forces, virial, extras)
-
-    def _extras(
-        self, prediction: Prediction, decision: Decision, b: int, energy: float, forces: Any, virial: Any, from_oracle: bool
-    ) -> dict[str, Any]:
-        """Atomic units, as i-PI expects of extras; members are shifted so that their plain mean is what is served."""
-        extras: dict[str, Any] = {
-            "bnn_energy_sd": decision.energy_predictive_sd / units.HARTREE,
-            "bnn_probability": decision.probability,
-            "bnn_generation": prediction.generation,
-            "bnn_source": int(from_oracle),
-        }
-        if self.settings.extras in ("energy", "forces"):
-            members = prediction.energy[:, b] - prediction.energy[:, b].mean() + energy
-            extras["committee_pot"] = (members / units.HARTREE).tolist()
-        if self.settings.extras == "forces":
-            f = prediction.forces[:, b] - prediction.mean_forces[b] + forces
-            w = prediction.virial[:, b] - prediction.mean_virial[b] + virial
-            extras["committee_force"] = (f.reshape(len(f), -1) / units.HARTREE_PER_BOHR).tolist()
-            extras["committee_virial"] = (w.reshape(len(w), 9) / units.HARTREE).tolist()
-        return extras
 
     def _context(self, frames: Frames, prediction: Prediction, decision: Decision, b: int) -> dict[str, Any]:
         """What was believed before the label came: everything that calibration and report need."""
@@ -312,7 +352,7 @@ class Driver:
             "foundation_forces": foundation.mean_forces[0],
         }
 
-    def _record(self, decision: Decision, b: int) -> None:
+    def _record(self, decision: Decision, b: int, generation: int) -> None:
         step, bead = self.counter.moment(b)
         if decision.criterion == "none" and step % self.settings.stride:
             return
@@ -324,7 +364,7 @@ class Driver:
             ask=decision.ask,
             probability=decision.probability,
             energy_predictive_sd=decision.energy_predictive_sd,
-            generation=self.ensemble.generation,
+            generation=generation,
         )
 
     def _tell(self, decisions: Sequence[Decision]) -> None:
@@ -352,15 +392,3 @@ class Driver:
                 f"{self.labelling.audits_in_flight} audits did not come back within {audit_timeout:g} s; run again to wait for them"
             )
         self.events.append("clock", steps=self.step, **self.clock.facts())
-
-
-def _label_virial(answer: LabelledFrame, frame: Frames, predicted: np.ndarray) -> np.ndarray:
-    """(3, 3) eV of a label; `predicted` stands in when a periodic oracle gives no stress.
-
-    For a molecule it is Σ f⊗(r - r̄): the forces add up to zero but for the noise of the code, which must not act on the cell.
-    """
-    if frame.cell is None:
-        return answer.label.forces.T @ (frame.positions[0] - frame.positions[0].mean(axis=0))
-    if answer.label.stress is None:
-        return predicted
-    return units.virial_from_stress(answer.label.stress, frame.cell[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 ASKED, AUDIT = 0, 1
 """Priorities: a held reply goes before an audit."""
+POLL_SECONDS = 0.05
+"""Between two looks for new weights while frames wait for their turn."""
 
 
 class Executor(Protocol):
@@ -47,7 +49,9 @@ class Labelling:
         fingerprint: str,
         max_labels: int | None,
         quarantine: Quarantine,
+        walker: str = "",
     ) -> None:
+        self.walker = walker
         self.store = store
         self.executor = executor
         self.pending = pending
@@ -56,7 +60,7 @@ class Labelling:
         self.quarantine = quarantine
         self._breaker = Breaker()
         self._audits: dict[str, tuple[Future[Label], Frames, dict[str, Any]]] = {}
-        self._audited = {_moment(item.context) for item in store.all() if item.context.get("audit")}
+        self._audited = {_moment(item.context) for item in store.all() if item.context.get("audit") and self.is_own(item)}
         self._budget_told = False
         pending.mkdir(parents=True, exist_ok=True)
 
@@ -64,10 +68,18 @@ class Labelling:
         """The label of this very frame, when there is one (after a restart i-PI asks again)."""
         return self.store.find(frame, self.fingerprint, RESTART_TOLERANCE)
 
-    def ask(self, frames: Sequence[Frames], contexts: Sequence[dict[str, Any]]) -> list[LabelledFrame]:
+    def is_own(self, item: LabelledFrame) -> bool:
+        """Whether this walker asked for the label, not another one that shares the store."""
+        return str(item.context.get("walker", "")) == self.walker
+
+    def ask(
+        self, frames: Sequence[Frames], contexts: Sequence[dict[str, Any]], changed: Callable[[], bool] | None = None
+    ) -> list[LabelledFrame | None]:
         """Labels of all frames, computed at once; returns when every one is on disk.
 
-        Raises: GuardStop when the budget of labels is spent.  OracleError when one frame could not be labelled; the others are kept.
+        Args: changed: tells of new weights; frames that have not begun by then are taken back (None in the result) and are to be
+            judged again.   Raises: GuardStop when the budget of labels is spent.  OracleError when one frame could not be labelled;
+            the others are kept.
         """
         if self.max_labels is not None and len(self.store) + len(self._audits) + len(frames) > self.max_labels:
             raise GuardStop(
@@ -75,10 +87,14 @@ class Labelling:
                 "raise [oracle] max_labels and run the same command again"
             )
         futures = [self._submit(frame, context, ASKED) for frame, context in zip(frames, contexts, strict=True)]
-        wait(futures)
-        results: list[LabelledFrame] = []
+        taken_back = self._wait(futures, changed)
+        results: list[LabelledFrame | None] = []
         failures: list[OracleError] = []
         for future, frame, context in zip(futures, frames, contexts, strict=True):
+            if future in taken_back:
+                self._pending_file(frame.content_id(self.fingerprint)).unlink(missing_ok=True)
+                results.append(None)
+                continue
             try:
                 results.append(self._adopt(frame, future.result(), context))
             except OracleError as error:
@@ -87,6 +103,17 @@ class Labelling:
         if failures:
             raise type(failures[0])("\n".join(str(error) for error in failures)) from failures[0]
         return results
+
+    def _wait(self, futures: Sequence[Future[Label]], changed: Callable[[], bool] | None) -> set[Future[Label]]:
+        """Wait for all, but for those that had not begun when the weights changed; these are cancelled and returned."""
+        waiting, taken_back = set(futures), set()
+        while waiting:
+            _, waiting = wait(waiting, None if changed is None else POLL_SECONDS, FIRST_COMPLETED)
+            if changed is not None and len(waiting) > 0 and changed():
+                taken_back = {future for future in waiting if future.cancel()}
+                wait(waiting - taken_back)
+                return taken_back
+        return taken_back
 
     def was_audited(self, step: int, bead: int) -> bool:
         """True when this moment of the simulation was audited before: after a crash i-PI repeats its last steps."""
@@ -150,6 +177,8 @@ class Labelling:
         return self.executor.submit(frame, priority=priority)
 
     def _adopt(self, frame: Frames, label: Label, context: dict[str, Any]) -> LabelledFrame:
+        if self.walker:
+            context = context | {"walker": self.walker}
         number = self.store.write(LabelledFrame(frame, label, context))
         self._pending_file(label.frame_id).unlink(missing_ok=True)
         self.quarantine.release(frame)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,13 +22,13 @@ from bnn_driver.config import Config, read_config
 from bnn_driver.errors import BnnError, CleanStop, ConfigError, IpiGone
 from bnn_driver.executors import LONGEST, LocalExecutor
 from bnn_driver.ipi.client import Client
+from bnn_driver.ipi.foreign import ask_to_stop
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess
 from bnn_driver.ipi.transport import Endpoint
 from bnn_driver.loops.assembly import (
     Model,
     foundation_generation,
     load_model,
-    make_distances,
     make_ensemble,
     make_policy,
     physics,
@@ -38,10 +37,12 @@ from bnn_driver.loops.assembly import (
 )
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
+from bnn_driver.loops.findings import input_findings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.quarantine import Quarantine, settings_digest
 from bnn_driver.loops.trainer import TrainerProcess
+from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
 from bnn_driver.oracle import Limits, Oracle, absolute_paths, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
@@ -58,23 +59,27 @@ DEFAULT_AUDIT_PROBABILITY = 1e-3
 """When the number of steps is unknown and none is configured."""
 
 
-def run_session(config_file: Path) -> Path:
+def run_session(config_file: Path, walker: str = "", until: str | None = None) -> Path:
     """Start i-PI, drive it to its last step, and return the run directory; the same call resumes.
 
-    Raises: CleanStop on Ctrl-C or SIGTERM; every other error of `bnn_driver.errors`.
+    Args: walker: one of [ipi.walkers]; empty: the only simulation, [ipi] input.
+        until: when to stop, as --until has it; None: in time for the end of the scheduler's job, where there is one.
+    Raises: CleanStop on Ctrl-C or SIGTERM, WallLimit before the end; every other error of `bnn_driver.errors`.
     """
     config, base = read_config(config_file), config_file.absolute().parent
-    if not config.ipi.input:
+    xml = config.ipi.input_of(walker)
+    if not xml:
         raise ConfigError(f"{config_file}: ipi.input is missing: `run` starts i-PI on it; with `serve` you start i-PI yourself")
-    run = RunDirectory(base / config.run.directory)
-    with _stop_on_signals(), run.lock("driver"), ExitStack() as stack:
-        frames, ipi_input = read_system(config, base)
+    clock = WallClock(find_end(until), config.run.margin)
+    run = RunDirectory(base / config.run.directory, walker)
+    with _stop_on_signals(), clock.armed(), run.lock("driver"), ExitStack() as stack:
+        frames, ipi_input = read_system(config, base, walker)
         if ipi_input is None:
             raise ConfigError(f"{config_file}: ipi.input names no i-PI input")
         _check_input(ipi_input, config)
-        simulation = IpiProcess(base / config.ipi.input, run.ipi_dir, run.log_dir / "ipi.log")
+        simulation = IpiProcess(base / xml, run.ipi_dir, run.log_dir / "ipi.log")
         done = simulation.reached()
-        session = stack.enter_context(_open(config, config_file, run, frames, ipi_input, done))
+        session = stack.enter_context(_open(config, config_file, run, frames, ipi_input, done, clock))
         if simulation.finished():
             session.finish("finished", wait_for_audits=True)
             return run.path
@@ -96,58 +101,35 @@ def run_session(config_file: Path) -> Path:
     return run.path
 
 
-def serve_session(config_file: Path, *, unix: bool, addresses: list[str], port: int, prefix: str, shared_memory: bool) -> Path:
-    """Drive an i-PI that somebody else started, until it says EXIT.  Raises: as `run_session`."""
+def serve_session(
+    config_file: Path,
+    *,
+    unix: bool,
+    addresses: list[str],
+    port: int,
+    prefix: str,
+    shared_memory: bool,
+    walker: str = "",
+    until: str | None = None,
+) -> Path:
+    """Drive an i-PI that somebody else started, until it says EXIT.  Args, Raises: as `run_session`."""
     config, base = read_config(config_file), config_file.absolute().parent
-    run = RunDirectory(base / config.run.directory)
+    config.ipi.input_of(walker)
+    clock = WallClock(find_end(until), config.run.margin)
+    run = RunDirectory(base / config.run.directory, walker)
     endpoints = [Endpoint("unix", a, prefix=prefix) if unix else Endpoint("inet", a, port) for a in addresses]
-    with _stop_on_signals(), run.lock("driver"):
-        frames, ipi_input = read_system(config, base)
+    with _stop_on_signals(), clock.armed(), run.lock("driver"):
+        frames, ipi_input = read_system(config, base, walker)
         if ipi_input is not None:
             _check_input(ipi_input, config)
-        with _open(config, config_file, run, frames, ipi_input, ipi_input.step if ipi_input else 0) as session:
-            session.serve(_client(config, endpoints, shared_memory, session.driver))
+        with _open(config, config_file, run, frames, ipi_input, ipi_input.step if ipi_input else 0, clock) as session:
+            try:
+                session.serve(_client(config, endpoints, shared_memory, session.driver))
+            except TimeIsUp:
+                ask_to_stop(endpoints, STOP_SECONDS)
+                raise
             session.finish("i-PI said EXIT", wait_for_audits=True)
     return run.path
-
-
-def check_session(config_file: Path) -> str:
-    """Everything that can be validated without running: config, i-PI input, model, oracle settings, one prediction."""
-    config, base = read_config(config_file), config_file.absolute().parent
-    settle(config.potential.threads)
-    frames, ipi_input = read_system(config, base)
-    oracle = load_oracle(config.oracle.kind, absolute_paths(config.oracle.kind, config.oracle.options, base))
-    oracle.check(frames)
-    make_policy(config, frames.numbers, 0.0)
-    model = load_model(config, base, frames.numbers, config.potential.device)
-    generation = foundation_generation(model, config.ensemble.members)
-    ensemble = make_ensemble(model, generation, config)
-    ensemble.predict(frames)
-    begin = time.monotonic()
-    ensemble.predict(frames)
-    milliseconds = 1e3 * (time.monotonic() - begin)
-    where = ", ".join(str(e) for e in ipi_input.endpoints) if ipi_input else "given to serve"
-    sampled = sum(x.numel() for x in model.foundation_weights().values())
-    return "\n".join(
-        [
-            f"atoms      {len(frames.numbers)}, {'periodic' if frames.periodic else 'molecule'}, charge {frames.charge:+d}, "
-            f"multiplicity {frames.multiplicity}",
-            f"i-PI       {where}; {ipi_input.n_beads if ipi_input else '?'} beads, {ipi_input.total_steps if ipi_input else '?'} steps",
-            f"potential  {config.potential.model}: {model.potential.path}",
-            f"sampled    {sampled} weights per member, {config.ensemble.members} members, {milliseconds:.1f} ms per prediction",
-            f"recipe     {config.ensemble.recipe}; distance to the labels {_distance(config, model)}",
-            *(f"fixed      {reason}" for reason in model.potential.never_sampled),
-            f"oracle     {oracle.code}, fingerprint {fingerprint(oracle)[:12]}",
-            "everything that can be checked without running is in order",
-        ]
-    )
-
-
-def _distance(config: Config, model: Model) -> str:
-    """Whether the variance of energies grows with it."""
-    if make_distances(model.potential, model.noise, config.ensemble) is None:
-        return "off" if config.ensemble.distance == "off" else "not to be had with this potential"
-    return "in the variance of energies"
 
 
 @dataclass
@@ -160,6 +142,12 @@ class Session:
     label_seconds: float
     """Time limit of a label."""
     workers: int
+    clock: WallClock
+
+    def __post_init__(self) -> None:
+        self._at_first = self._reached()
+        self.driver.before_asking = self._check_time
+        self.clock.progressed = self._progressed
 
     def serve(self, client: Client, wait_for_ipi: Callable[[], None] = lambda: None) -> None:
         """Answer i-PI until it ends.  Raises: CleanStop on Ctrl-C or SIGTERM."""
@@ -168,9 +156,9 @@ class Session:
             client.serve()
         except (Exception, KeyboardInterrupt) as error:
             client.close()
-            reason = "stopped on request" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+            self.clock.disarm()  # from here on it is stopping
             try:
-                self.finish(reason)
+                self.finish(_reason(error))
             except BnnError as second:
                 log.error("while the books were closed: %s", second)
             raise
@@ -180,20 +168,52 @@ class Session:
     def begin_at(self, step: int) -> None:
         """The step at which i-PI really starts: an i-PI that a killed driver left may have gone further than it seemed."""
         self.driver.counter.first_step = self.progress.first_step = step
+        self._at_first = self._reached()
 
     def finish(self, reason: str, *, wait_for_audits: bool = False) -> None:
         """Take the audits that have come, or all that are in flight, and close the books."""
         in_flight = self.driver.labelling.audits_in_flight
         if wait_for_audits and in_flight:
             self.progress.show(self.driver.step, f"waiting for {in_flight} audits", force=True)
-        self.driver.finish(LONGEST * self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
-        self.events.append("stop", reason=reason, step=self.driver.step)
-        self.progress.finish()
+        try:
+            self.driver.finish(LONGEST * self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
+        except KeyboardInterrupt as error:
+            reason = f"{reason}; {_reason(error)}"
+            raise
+        finally:
+            self.events.append("stop", reason=reason, step=self.driver.step)
+            self.progress.finish()
+
+    def _progressed(self) -> bool:
+        """Whether this start has brought the run forward."""
+        return any(now > then for now, then in zip(self._reached(), self._at_first, strict=True))
+
+    def _reached(self) -> tuple[int, int, int]:
+        """Step, labels, generation."""
+        return self.driver.step, len(self.driver.labelling.store), self.driver.chains.newest()
+
+    def _check_time(self, count: int) -> None:
+        """Before labels are asked for.  Raises: TimeIsUp when they cannot finish."""
+        slowest = max((item.label.seconds for item in self.driver.labelling.store.all()), default=None)
+        self.clock.check_labels(count, slowest, self.workers, self.label_seconds)
+
+
+def _reason(error: BaseException) -> str:
+    """Of a stop, for the events."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "stopped on request"
+    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
 def _open(
-    config: Config, config_file: Path, run: RunDirectory, frames: Frames, ipi_input: IpiInput | None, done: int
+    config: Config,
+    config_file: Path,
+    run: RunDirectory,
+    frames: Frames,
+    ipi_input: IpiInput | None,
+    done: int,
+    clock: WallClock,
 ) -> Iterator[Session]:
     """All parts but i-PI, warm and ready; stopped when the context ends."""
     settle(config.potential.threads)
@@ -217,23 +237,24 @@ def _open(
         stack.callback(trainer.stop)
         labelling = _labelling(config, options, run, oracle, stack)
         progress = Progress(ipi_input.total_steps if ipi_input else None, done)
-        driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress)
+        driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress, run.walker)
         driver.announce_missing(announced)
         driver.ensemble.predict(frames)
         driver.foundation.predict(frames)
-        yield Session(driver, events, progress, config.oracle.timeout, config.oracle.workers)
+        yield Session(driver, events, progress, config.oracle.timeout, config.oracle.workers, clock)
 
 
 def _labelling(config: Config, options: dict[str, Any], run: RunDirectory, oracle: Oracle, stack: ExitStack) -> Labelling:
     o = config.oracle
-    spool = run.oracle_dir / "spool"
+    spool = run.spool_dir
     limits = Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
     executor = LocalExecutor(o.kind, options, o.workers, o.timeout, run.oracle_dir / "work", o.threads, spool, limits=limits)
     stack.callback(executor.shutdown, wait=False)
     name = fingerprint(oracle)
     tried = settings_digest(o.kind, options, o.timeout, o.threads, asdict(limits))
     quarantine = Quarantine(run.oracle_dir / "quarantine", tried)
-    labelling = Labelling(LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, o.max_labels, quarantine)
+    pending = run.oracle_dir / "pending"
+    labelling = Labelling(LabelStore(run.labels_dir), executor, pending, name, o.max_labels, quarantine, run.walker)
     labelling.recover(lambda frame_id: read_done(spool, frame_id))
     return labelling
 
@@ -249,11 +270,13 @@ def _driver(
     labelling: Labelling,
     events: EventLog,
     progress: Progress,
+    walker: str,
 ) -> Driver:
     batched = ipi_input is not None and ipi_input.batch_size > 1
     settings = DriverSettings(
         frames.numbers, frames.periodic, frames.charge, frames.multiplicity, config.sanity.min_distance,
         config.sanity.max_force, config.trainer.max_lag, config.output.stride, config.output.extras, config.run.seed, config.accuracy.energy,
+        walker, config.oracle.workers if config.oracle.ask == "worst" else None,
     )  # fmt: skip
     ensemble = make_ensemble(model, trainer.load(trainer.newest()), config)
     foundation = make_ensemble(model, foundation_generation(model, 1), config)
@@ -272,7 +295,8 @@ def _audit_probability(config: Config, ipi_input: IpiInput | None) -> float:
         return config.audit.probability
     if ipi_input is None or not ipi_input.total_steps:
         return DEFAULT_AUDIT_PROBABILITY
-    return min(1.0, config.audit.expected / (ipi_input.total_steps * _frames_per_step(ipi_input)))
+    walkers = max(1, len(config.ipi.walkers))
+    return min(1.0, config.audit.expected / (walkers * ipi_input.total_steps * _frames_per_step(ipi_input)))
 
 
 def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], shared_memory: bool, driver: Driver) -> Client:
@@ -288,22 +312,9 @@ def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], sh
 
 
 def _check_input(found: IpiInput, config: Config) -> None:
-    """Settings of the i-PI input that would spoil the run.  Raises: ConfigError."""
-    longest = LONGEST * config.oracle.timeout
-    if 0 < found.timeout < longest:
-        raise ConfigError(
-            f"{found.path}: <timeout> is {found.timeout:g} s, but a label may take {longest:g} s: [oracle] timeout, and once more with "
-            "twice the limit. i-PI would drop the driver in the middle of it; remove <timeout> or make it longer"
-        )
-    if found.pbc and not config.system.periodic:
-        raise ConfigError(
-            f"{found.path}: <ffsocket pbc='true'> folds every atom by itself into the cell, and molecules come torn apart, "
-            "but [system] periodic = false; write pbc='false'"
-        )
-    if found.exit_on_disconnect:
-        log.warning("%s: <exit_on_disconnect> ends the simulation when the driver stops; the same command goes on", found.path)
-    if found.checkpoint_stride is None:
-        log.warning("%s: no <checkpoint>: a crash of i-PI loses the run back to its start; add one to <output>", found.path)
+    """Raises: ConfigError for settings of the i-PI input that would spoil the run."""
+    for text in input_findings(found, config):
+        log.warning("%s", text)
 
 
 def _effective(config: Config, base: Path) -> dict[str, object]:

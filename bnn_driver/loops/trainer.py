@@ -106,8 +106,8 @@ def _try_update(
 
 
 def pulse_file(run: RunDirectory) -> Path:
-    """What the trainer touches."""
-    return run.log_dir / "trainer.alive"
+    """What the one trainer of all walkers touches."""
+    return run.generations_dir / "trainer.alive"
 
 
 def failed_labels(folder: Path) -> set[str]:
@@ -118,7 +118,10 @@ def failed_labels(folder: Path) -> set[str]:
 
 @dataclass
 class TrainerProcess:
-    """The driver's view of the trainer: starts it, restarts it when it died, and waits for its generations."""
+    """The driver's view of the trainer: starts it, restarts it when it died, and waits for its generations.
+
+    Of the trainers of several walkers one learns for all; the others wait for its lock, and the next takes over when it ends.
+    """
 
     run: RunDirectory
     threads: int

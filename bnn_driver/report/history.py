@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bnn_driver import units
+from bnn_driver.active.criteria import EnergyCriterion, ErrorCriterion, promised
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.errors import ConfigError
 from bnn_driver.records import Array, LabelledFrame
@@ -30,6 +32,8 @@ class Promise:
     """The unit in which the user gave the accuracy."""
     calibration: GammaCalibration | None
     """Prior, before any pair."""
+    criteria: tuple[ErrorCriterion, ...] = ()
+    """All that is promised; empty where the settings do not say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,8 @@ class JudgedLabel:
     """(A, 3) eV/Å."""
     foundation_force_error: Array | None
     """(A, 3) eV/Å."""
+    exceeded: dict[str, bool] = field(default_factory=dict)
+    """Criterion -> whether its promise was broken in this frame."""
 
 
 @dataclass(eq=False)
@@ -75,6 +81,9 @@ class History:
     segments: list[list[dict[str, Any]]] = field(default_factory=list)
     """Events other than decisions, by start."""
     last_step: int = 0
+    """Of the walker that is ahead, or of the only simulation."""
+    walkers: dict[str, int] = field(default_factory=dict)
+    """Walker -> its last step; empty for a run of one simulation."""
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """All events of one kind, except decisions, which stand in `decisions`."""
@@ -86,7 +95,7 @@ def read_history(path: Path) -> History:
     run = RunDirectory.existing(path)
     promise = read_promise(run)
     items = LabelStore(run.labels_dir).all()
-    history = History(promise, judge_labels(items), len(items))
+    history = History(promise, judge_labels(items, promise.criteria), len(items))
     _follow_events(history, run)
     return history
 
@@ -106,11 +115,20 @@ def read_promise(run: RunDirectory) -> Promise:
         force_accuracy=_in_ev(accuracy.get("forces"), "force"),
         unit=_unit(accuracy.get("energy")) or _unit_of_toml(run.path / "bnn.toml") or "eV",
         calibration=calibration,
+        criteria=_criteria(accuracy),
     )
 
 
-def judge_labels(items: list[LabelledFrame]) -> list[JudgedLabel]:
-    """Errors of energy and forces of all labels that carry a prediction.
+def _criteria(accuracy: dict[str, Any]) -> tuple[ErrorCriterion, ...]:
+    energy = _in_ev(accuracy.get("energy"), "energy")
+    if energy is None:
+        return ()
+    groups = {name: (group["atoms"], group["forces"]) for name, group in accuracy.get("groups", {}).items()}
+    return promised(energy, _in_ev(accuracy.get("forces"), "force"), accuracy.get("species", {}), groups)
+
+
+def judge_labels(items: list[LabelledFrame], criteria: Sequence[ErrorCriterion] = ()) -> list[JudgedLabel]:
+    """Errors of energy and forces of all labels that carry a prediction, and which promises they break.
 
     The offset between model and oracle, E_foundation - E_oracle, is fixed by the first label (criterion "first").
     """
@@ -119,10 +137,10 @@ def judge_labels(items: list[LabelledFrame]) -> list[JudgedLabel]:
         return []
     reference = first.context.get("foundation_energy", first.context.get("predicted_energy", np.nan))
     offset = float(reference) - first.label.energy
-    return [_judge(number, item, offset) for number, item in enumerate(items) if "predicted_energy" in item.context]
+    return [_judge(number, item, offset, criteria) for number, item in enumerate(items) if "predicted_energy" in item.context]
 
 
-def _judge(number: int, item: LabelledFrame, offset: float) -> JudgedLabel:
+def _judge(number: int, item: LabelledFrame, offset: float, criteria: Sequence[ErrorCriterion]) -> JudgedLabel:
     known, true = item.context, item.label
     criterion = str(known.get("criterion", "none"))
 
@@ -142,7 +160,15 @@ def _judge(number: int, item: LabelledFrame, offset: float) -> JudgedLabel:
         sd=float(known.get("energy_predictive_sd", np.nan)),
         force_error=force_error("predicted_forces"),
         foundation_force_error=force_error("foundation_forces"),
+        exceeded={c.name: _then(c, known).exceeded(item, offset) for c in criteria if c.needs <= known.keys()},
     )
+
+
+def _then(criterion: ErrorCriterion, known: dict[str, Any]) -> ErrorCriterion:
+    """The criterion with the accuracy under which the frame was served, where the label says it."""
+    if isinstance(criterion, EnergyCriterion) and known.get("accuracy") is not None:
+        return replace(criterion, accuracy=float(known["accuracy"]))
+    return criterion
 
 
 def _follow_events(history: History, run: RunDirectory) -> None:
@@ -151,28 +177,43 @@ def _follow_events(history: History, run: RunDirectory) -> None:
     state = history.promise.calibration
     confidence = history.promise.confidence or 0.95
     rows: list[tuple[float, float, float, float]] = []
-    for segment in read_segments(run.events_dir):
-        kept = []
-        for event in segment:
-            history.last_step = max(history.last_step, int(event.get("steps" if event["kind"] == "clock" else "step", 0)))
-            if event["kind"] == "decision":
-                sd = float(event["energy_predictive_sd"])
-                spread = (
-                    (np.nan, np.nan) if state is None else (float(state.calibrated_sd(sd)), float(state.quantile(sd, confidence)))
-                )
-                rows.append((float(event["step"]), sd, *spread))
-                continue
-            kept.append(event)
-            label = judged.get(event.get("frame_id", "")) if event["kind"] == "label" else None
-            if label is not None and state is not None and label.frame_id not in history.calibrated:
-                history.calibrated[label.frame_id] = float(state.calibrated_sd(label.sd))
-                if label.counts_for_calibration and label.sd > 0:
-                    state = state.observe(label.error, label.sd)
-            if event["kind"] == "swap":
-                history.swaps.append(int(event["step"]))
-        history.segments.append(kept)
+    steps: dict[str, int] = {}
+    segments: dict[str, list[dict[str, Any]]] = {}
+    for walker, start, event in _events_in_order(run):
+        kept = segments.setdefault(start, [])
+        steps[walker] = max(steps.get(walker, 0), int(event.get("steps" if event["kind"] == "clock" else "step", 0)))
+        if event["kind"] == "decision":
+            sd = float(event["energy_predictive_sd"])
+            spread = (
+                (np.nan, np.nan) if state is None else (float(state.calibrated_sd(sd)), float(state.quantile(sd, confidence)))
+            )
+            rows.append((float(event["step"]), sd, *spread))
+            continue
+        kept.append(event)
+        label = judged.get(event.get("frame_id", "")) if event["kind"] == "label" else None
+        if label is not None and state is not None and label.frame_id not in history.calibrated:
+            history.calibrated[label.frame_id] = float(state.calibrated_sd(label.sd))
+            if label.counts_for_calibration and label.sd > 0:
+                state = state.observe(label.error, label.sd)
+        if event["kind"] == "swap":
+            history.swaps.append(int(event["step"]))
+    history.segments = list(segments.values())
+    history.last_step = max(steps.values(), default=0)
+    history.walkers = {name: steps[name] for name in run.walkers() if name in steps}
     table = np.array(rows).reshape(-1, 4)
     history.decisions = dict(zip(("step", "sd", "sd_calibrated", "bound"), table.T, strict=True))
+
+
+def _events_in_order(run: RunDirectory) -> list[tuple[str, str, dict[str, Any]]]:
+    """Every event with its walker and the name of its start: start by start, or in order of time when there are several walkers."""
+    walkers = run.walkers()
+    found = [
+        (walker, f"{walker}/{number}", event)
+        for walker in ["", *walkers]
+        for number, segment in enumerate(read_segments(RunDirectory(run.path, walker).events_dir))
+        for event in segment
+    ]
+    return sorted(found, key=lambda item: float(item[2]["time"])) if walkers else found
 
 
 def _section(settings: dict[str, Any], name: str, key: str) -> dict[str, Any]:

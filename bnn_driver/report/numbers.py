@@ -38,9 +38,11 @@ def summary(run_path: Path) -> dict[str, Any]:
         audit["interval"] = list(clopper_pearson(audit["exceeded"], len(audits), INTERVAL_CONFIDENCE))
     else:
         audit["interval"] = [0.0, 1.0]
+    coverage = {c.name: _coverage(c.name, audits, promise.confidence) for c in promise.criteria}
     stops = history.of_kind("stop")
     return {
-        "steps": history.last_step,
+        "steps": sum(history.walkers.values()) or history.last_step,
+        "walkers": history.walkers,
         "labels": history.total_labels,
         "generation": weights.latest(RunDirectory.existing(Path(run_path)).generations_dir),
         "calls": _errors(calls, promise),
@@ -49,11 +51,26 @@ def summary(run_path: Path) -> dict[str, Any]:
         "accuracy": promise.accuracy,
         "accuracy_unit": promise.unit,
         "confidence": promise.confidence,
-        "promise": verdict(audit["interval"], promise.confidence),
+        "promise": _overall([c["promise"] for c in coverage.values()] or [verdict(audit["interval"], promise.confidence)]),
+        "coverage": coverage,
         "starts": len(history.of_kind("start")),
         "warnings": len(history.of_kind("warning")),
         "stopped": stops[-1].get("reason") if stops else None,
     }
+
+
+def _coverage(name: str, audits: list[JudgedLabel], confidence: float | None) -> dict[str, Any]:
+    """What the audits say of one criterion."""
+    judged = [x.exceeded[name] for x in audits if name in x.exceeded]
+    interval = list(clopper_pearson(sum(judged), len(judged), INTERVAL_CONFIDENCE))
+    return {"audits": len(judged), "exceeded": sum(judged), "interval": interval, "promise": verdict(interval, confidence)}
+
+
+def _overall(verdicts: Sequence[str]) -> str:
+    """Broken with one criterion, kept with all."""
+    if "broken" in verdicts:
+        return "broken"
+    return "holds" if set(verdicts) == {"holds"} else "not yet known"
 
 
 def verdict(interval: Sequence[float], confidence: float | None) -> str:
@@ -103,7 +120,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     unit = summary["accuracy_unit"]
     calls, audit, clock = summary["calls"], summary["audit"], summary["seconds"]
     lines = [
-        _line("steps", f"{summary['steps']}"),
+        _line("steps", f"{summary['steps']}" + _walkers(summary["walkers"])),
         _line("labels", f"{summary['labels']}  ({calls['count']} asked, {audit['count']} audits, the rest first or imported)"),
         _line("generation", "none" if summary["generation"] is None else f"{summary['generation']}"),
         _line("accuracy", f"{_energy(summary['accuracy'], unit)}" + _with_confidence(summary["confidence"])),
@@ -116,7 +133,7 @@ def render_summary(summary: dict[str, Any]) -> str:
         _force_row("asked", calls),
         _force_row("audited", audit),
         "",
-        _line("promise", _promise(summary)),
+        *(_line(_titled(name), _promise(facts, summary["confidence"])) for name, facts in _promises(summary).items()),
         _line("wall time", _clock(clock)),
     ]
     if summary["warnings"]:
@@ -124,6 +141,10 @@ def render_summary(summary: dict[str, Any]) -> str:
     if summary["stopped"]:
         lines.append(_line("stopped", summary["stopped"]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _walkers(steps: dict[str, int]) -> str:
+    return f"  ({', '.join(f'{name} {step}' for name, step in steps.items())})" if steps else ""
 
 
 def _line(name: str, text: str) -> str:
@@ -156,13 +177,23 @@ def _with_confidence(confidence: float | None) -> str:
     return "" if confidence is None else f" with {100 * confidence:g} % confidence"
 
 
-def _promise(summary: dict[str, Any]) -> str:
-    audit, confidence = summary["audit"], summary["confidence"]
-    if not audit["count"] or audit["exceeded"] is None or confidence is None:
-        return f"{summary['promise']}: there are no audits yet"
-    low, high = (100 * x for x in audit["interval"])
+def _promises(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Criterion -> coverage; that of the energy alone where the settings are not known."""
+    return summary["coverage"] or {
+        "energy": summary["audit"] | {"audits": summary["audit"]["count"], "promise": summary["promise"]}
+    }
+
+
+def _titled(criterion: str) -> str:
+    return "promise" if criterion == "energy" else f"  {criterion}"
+
+
+def _promise(coverage: dict[str, Any], confidence: float | None) -> str:
+    if not coverage["audits"] or coverage["exceeded"] is None or confidence is None:
+        return f"{coverage['promise']}: there are no audits yet"
+    low, high = (100 * x for x in coverage["interval"])
     return (
-        f"{summary['promise']}: {audit['exceeded']} of {audit['count']} audited frames beyond the accuracy, "
+        f"{coverage['promise']}: {coverage['exceeded']} of {coverage['audits']} audited frames beyond the accuracy, "
         f"95 % interval {low:.1f} to {high:.1f} %, promised at most {100 * (1 - confidence):.3g} %"
     )
 

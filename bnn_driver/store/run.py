@@ -23,6 +23,7 @@ __all__ = ["EventLog", "RunDirectory", "read_events", "read_json", "read_segment
 _log = logging.getLogger(__name__)
 _UNSAID = {"sampled": "all", "predicted_noise": ["forces"]}
 """Physics that runs of older versions have without recording it."""
+WALKERS = "walkers"
 _SEGMENT = re.compile(r"^(\d{3,})\.jsonl$")
 
 
@@ -30,14 +31,20 @@ _SEGMENT = re.compile(r"^(\d{3,})\.jsonl$")
 class RunDirectory:
     """The folder of one run; creates what is missing and changes nothing that is there.
 
+    Walkers are simulations that share labels, generations, settings and the oracle's results; each has its own events, i-PI folder,
+    logs, frames in flight and driver's lock in `walkers/NAME/`.
+
     Raises: EnvironmentProblem when the folder cannot be made.
     """
 
     path: Path
+    walker: str = ""
+    """Name of the walker whose own folders are meant; empty: those of the run itself."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path).absolute())
-        folders = (self.labels_dir, self.generations_dir, self.events_dir, self.oracle_dir, self.ipi_dir, self.log_dir)
+        own = (self.events_dir, self.oracle_dir, self.ipi_dir, self.log_dir)
+        folders = (self.labels_dir, self.generations_dir, self.path / "events", *own)
         try:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +59,15 @@ class RunDirectory:
         return cls(Path(path))
 
     @property
+    def home(self) -> Path:
+        """Folder of what belongs to one simulation alone."""
+        return self.path / WALKERS / self.walker if self.walker else self.path
+
+    def walkers(self) -> list[str]:
+        """Names of the walkers that have been started, in order."""
+        return sorted(folder.parent.name for folder in (self.path / WALKERS).glob("*/events"))
+
+    @property
     def labels_dir(self) -> Path:
         """One extxyz per label, see dataset.LabelStore."""
         return self.path / "labels"
@@ -64,22 +80,27 @@ class RunDirectory:
     @property
     def events_dir(self) -> Path:
         """One JSON lines file per start, see EventLog."""
-        return self.path / "events"
+        return self.home / "events"
 
     @property
     def oracle_dir(self) -> Path:
-        """Results, work folders and pending frames of the oracle."""
-        return self.path / "oracle"
+        """Work folders and pending frames of the oracle."""
+        return self.home / "oracle"
+
+    @property
+    def spool_dir(self) -> Path:
+        """Results of the oracle, of all walkers."""
+        return self.path / "oracle" / "spool"
 
     @property
     def ipi_dir(self) -> Path:
         """i-PI's working folder."""
-        return self.path / "ipi"
+        return self.home / "ipi"
 
     @property
     def log_dir(self) -> Path:
         """Text logs of all processes."""
-        return self.path / "log"
+        return self.home / "log"
 
     @property
     def settings_file(self) -> Path:
@@ -87,13 +108,14 @@ class RunDirectory:
         return self.path / "settings.json"
 
     def lock_file(self, role: str) -> Path:
-        """LOCK of the driver, LOCK.trainer of the trainer."""
-        return self.path / ("LOCK" if role == "driver" else f"LOCK.{role}")
+        """LOCK of the driver of this walker, LOCK.trainer of the one trainer of the run."""
+        return self.home / "LOCK" if role == "driver" else self.path / f"LOCK.{role}"
 
     @contextlib.contextmanager
-    def lock(self, role: str) -> Iterator[None]:
+    def lock(self, role: str, wait: bool = False) -> Iterator[None]:
         """Own the run as `role` ("driver", "trainer") while the context lasts; a killed owner frees it at once.
 
+        Args: wait: until the owner is gone, for a process that stands by and is ended from outside.
         Raises: LockedError naming the live owner, EnvironmentProblem when the file system has no locks.
         """
         path = self.lock_file(role)
@@ -104,9 +126,9 @@ class RunDirectory:
         try:
             before = os.pread(descriptor, 4096, 0).decode(errors="replace")
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise LockedError(_locked_message(self.path, role, before)) from None
+                raise LockedError(_locked_message(self.home, role, before)) from None
             except OSError as error:
                 raise EnvironmentProblem(
                     f"{path} lies on a file system without locks ({error}); put the run directory on one that has them"
@@ -137,25 +159,44 @@ class RunDirectory:
         if not self.settings_file.exists():
             write_atomic(self.settings_file, content)
             return {}
-        old = read_json(self.settings_file)
-        if not isinstance(old, dict) or not {"effective", "physics"} <= old.keys():
-            raise EnvironmentProblem(
-                f"{self.settings_file} has no tables effective and physics; restore it from a copy or start a new run directory"
-            )
-        unsaid = {key: value for key, value in _UNSAID.items() if key in physics}
-        forbidden = _differences(unsaid | old["physics"], new["physics"])
-        if forbidden:
-            lines = "\n".join(f"  {key}: was {_short(a)}, now {_short(b)}" for key, (a, b) in forbidden.items())
-            raise ConfigError(
-                f"{self.path} was begun with other physics, and its labels and weights cannot be mixed with the new:\n{lines}\n"
-                "Restore the old values, or give the new ones a run directory of their own ([run] directory)."
-            )
+        old = self.refuse_other_physics(physics)
         changed = _differences(old["effective"], new["effective"])
         if changed:
             write_atomic(self.settings_file, content)
             if events is not None:
                 events.append("settings", changed=changed)
         return changed
+
+    def refuse_other_physics(self, physics: dict[str, Any]) -> dict[str, Any]:
+        """The settings with which the run was begun.  Raises: ConfigError naming each physics key that differs, with both values."""
+        old: Any = read_json(self.settings_file)
+        if not isinstance(old, dict) or not {"effective", "physics"} <= old.keys():
+            raise EnvironmentProblem(
+                f"{self.settings_file} has no tables effective and physics; restore it from a copy or start a new run directory"
+            )
+        unsaid = {key: value for key, value in _UNSAID.items() if key in physics}
+        forbidden = _differences(unsaid | old["physics"], plain(physics))
+        if forbidden:
+            lines = "\n".join(f"  {key}: was {_short(a)}, now {_short(b)}" for key, (a, b) in forbidden.items())
+            raise ConfigError(
+                f"{self.path} was begun with other physics, and its labels and weights cannot be mixed with the new:\n{lines}\n"
+                "Restore the old values, or give the new ones a run directory of their own ([run] directory)."
+            )
+        return old
+
+    def live_owner(self, role: str) -> str | None:
+        """Who holds the lock of `role` now, in words; None when nobody does."""
+        try:
+            descriptor = os.open(self.lock_file(role), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _owner(os.pread(descriptor, 4096, 0).decode(errors="replace"))
+        finally:
+            os.close(descriptor)
+        return None
 
 
 class EventLog:
@@ -286,11 +327,15 @@ def _short(value: Any) -> str:
 
 def _locked_message(run: Path, role: str, content: str) -> str:
     owner = _parsed(content.encode()) or {}
-    who = f"pid {owner.get('pid', 'unknown')} on host {owner.get('host', 'unknown')} (since {owner.get('start', 'unknown')})"
     return (
-        f"{run} already has a live {role}: {who}. Wait for it, stop it there with `kill {owner.get('pid', 'PID')}`, "
+        f"{run} already has a live {role}: {_owner(content)}. Wait for it, stop it there with `kill {owner.get('pid', 'PID')}`, "
         "or use another run directory."
     )
+
+
+def _owner(content: str) -> str:
+    owner = _parsed(content.encode()) or {}
+    return f"pid {owner.get('pid', 'unknown')} on host {owner.get('host', 'unknown')} (since {owner.get('start', 'unknown')})"
 
 
 def _warn_of_other_host(path: Path, content: str) -> None:

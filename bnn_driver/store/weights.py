@@ -110,9 +110,11 @@ def settle(folder: Path) -> Generation | None:
     Raises: EnvironmentProblem, as `load_latest`.
     """
     folder = Path(folder)
-    generation = load_latest(folder)
-    if generation is not None and generation.number != _read_current(folder):
-        with folder_lock(folder, wait=True):
+    if not folder.is_dir():
+        return None
+    with folder_lock(folder, wait=True):  # nobody publishes between the reading and the naming
+        generation = load_latest(folder)
+        if generation is not None and generation.number != _read_current(folder):
             write_atomic(folder / _CURRENT, f"{generation.number}\n".encode())
     return generation
 

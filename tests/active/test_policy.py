@@ -206,3 +206,20 @@ def test_what_cannot_be_judged_is_refused() -> None:
         ForceCriterion(1.0, species=(6,)).members(NUMBERS)
     with pytest.raises(ConfigError, match="different names"):
         Policy((ForceCriterion(1.0), ForceCriterion(2.0)), 0.95, 0.0)
+
+
+def test_audits_that_break_the_promise_widen_the_calibration_until_such_frames_are_asked() -> None:
+    prior = {"energy": GammaCalibration(10.0, 10.0)}
+    sd = 0.5 * prior["energy"].largest_certain_sd(1.0, 0.95)
+    prediction, frames, quiet = _prediction([sd], [[0.01] * 3]), _frames(1), np.zeros((3, 3))
+    assert not ENERGY.judge(prediction, frames, prior, np.ones(1))[0].ask
+    after, beyond = dict(prior), 0
+    for _ in range(10):  # every audited frame is wrong by six of its sds, beyond the accuracy
+        audit = _labelled(prediction, prediction.mean_energy[0] - 6 * sd, quiet, criterion="audit")
+        beyond += ENERGY.exceeded(audit, 0.0)["energy"]
+        after = ENERGY.observe(after, audit, 0.0)
+    assert beyond == 10
+    decision = ENERGY.judge(prediction, frames, after, np.ones(1))[0]
+    assert decision.ask
+    # posterior Gamma(a + n/2, b + Σ(e/sd)²/2): λ is about 15/190, the sds count 3.6 times
+    assert after["energy"].calibrated_sd(sd) == pytest.approx(sd * np.sqrt(190 / 15), rel=0.1)

@@ -79,6 +79,39 @@ def test_deadline_passes():
     peer.close()
 
 
+def test_deadline_passes_inside_a_message_and_what_came_is_kept():
+    channel, peer = pair()
+    peer.sendall(b"STAT")
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        channel.read(12, start + 0.05)
+    assert time.monotonic() - start < 1.0
+    peer.sendall(b"US      ")
+    assert channel.read(12, time.monotonic() + 1.0) == b"STATUS      "
+    channel.close()
+    peer.close()
+
+
+def test_deadline_passes_while_bytes_trickle_in():
+    channel, peer = pair()
+    stop = threading.Event()
+
+    def trickle() -> None:
+        while not stop.wait(0.005):
+            peer.sendall(b"x")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        channel.read(10_000, start + 0.1)
+    assert time.monotonic() - start < 1.0
+    stop.set()
+    thread.join(2.0)
+    channel.close()
+    peer.close()
+
+
 @pytest.mark.parametrize("unread", [0, 100, 200_000])
 def test_hanging_up_over_unread_bytes_is_an_end_of_file_and_no_reset(unread: int):
     channel, peer = pair()

@@ -21,7 +21,7 @@ INPUT = """<simulation verbosity='low' threading='false' safe_stride='1' floatfo
     <checkpoint stride='5'/>
   </output>
   <total_steps>{steps}</total_steps>
-  <prng><seed>11</seed></prng>
+  <prng><seed>{seed}</seed></prng>
   <ffsocket name='bnn' mode='unix' pbc='false'><address>{address}</address>{batch}</ffsocket>
   <system>
     <initialize nbeads='{beads}'>
@@ -44,8 +44,8 @@ CONFIG = """
 [run]
 seed = 7
 [ipi]
-input = "input.xml"
 connect_timeout = "20 s"
+{ipi}
 [system]
 periodic = false
 [potential]
@@ -66,6 +66,8 @@ max_lag = {max_lag}
 [oracle]
 kind = "toy"
 timeout = "20 s"
+ask = "{ask}"
+workers = {workers}
 [oracle.toy]
 delay = "{delay}"
 [output]
@@ -74,19 +76,38 @@ extras = "forces"
 """
 
 
-def write_run(folder: Path, *, steps: int = 40, beads: int = 1, batch: int = 1, max_lag: int = 0, delay: str = "0 s") -> Path:
-    """Write config and i-PI input of a small run; returns the config's path."""
+def write_run(
+    folder: Path,
+    *,
+    steps: int = 40,
+    beads: int = 1,
+    batch: int = 1,
+    max_lag: int = 0,
+    delay: str = "0 s",
+    walkers: int = 0,
+    ask: str = "all",
+    workers: int = 1,
+) -> Path:
+    """Write config and i-PI inputs of a small run; returns the config's path.
+
+    Args: walkers: simulations that share labels and weights, named w0, w1, ...; 0: one simulation, input.xml.
+    """
     (folder / "init.xyz").write_text(WATER)
-    text = INPUT.format(
-        steps=steps,
-        beads=beads,
-        address=f"test-{uuid.uuid4().hex[:12]}",
-        batch=f"<batch_size>{batch}</batch_size>" if batch > 1 else "",
-        thermostat="langevin" if beads == 1 else "pile_l",
-    )
-    (folder / "input.xml").write_text(text)
+    names = [f"w{n}" for n in range(walkers)]
+    for number, name in enumerate(names or ["input"]):
+        text = INPUT.format(
+            steps=steps,
+            beads=beads,
+            seed=11 + number,
+            address=f"test-{uuid.uuid4().hex[:12]}",
+            batch=f"<batch_size>{batch}</batch_size>" if batch > 1 else "",
+            thermostat="langevin" if beads == 1 else "pile_l",
+        )
+        (folder / f"{name}.xml").write_text(text)
     config = folder / "bnn.toml"
-    config.write_text(CONFIG.format(max_lag=max_lag, delay=delay))
+    table = "\n".join(["[ipi.walkers]", *(f'{name} = "{name}.xml"' for name in names)])
+    ipi = table if names else 'input = "input.xml"'
+    config.write_text(CONFIG.format(ipi=ipi, max_lag=max_lag, delay=delay, ask=ask, workers=workers))
     return config
 
 
@@ -95,7 +116,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "bnn_driver.cli", *map(str, arguments)]
 
 
-def program(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def program(*arguments: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
     """Run the program to its end."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,10 @@ class Subject:
     """Settings with which it does not converge; empty where nothing is iterated."""
     elsewhere: frozenset[str] = frozenset()
     """Settings that another subject or another test has."""
+    memory: float = 0.0
+    """eV, eV/Å and eV/Å^3 by which a label may depend on those before it, where a code keeps running and starts from the last frame."""
+    forgetful: dict[str, Any] = field(default_factory=dict)
+    """Settings with which every label is a cold one."""
     needs: str = "ase"
     """The module without which it is skipped."""
 
@@ -140,5 +146,22 @@ MODEL = Subject(
     atom=8,
     needs="mace",
 )  # fmt: skip
+# tblite behind ASE's i-PI client, in a process of its own
+SOCKET = Subject(
+    "socket", "socket",
+    {"command": f"{sys.executable} client.py {{socket}}", "code": "socket tblite 0", "converged": "stdout.txt: charges converged",
+     "folder": str(Path(__file__).parent / "inputs" / "tblite"), "templates": ["settings.json", "start.xyz"],
+     "box": "0 A", "periodic": True, "stress": True, "environment": {"OMP_NUM_THREADS": "1"}},
+    1e-3, 2e-4, 1e-5,
+    physics={"code": "socket other 1", "command": "client.py {path}", "templates": ["start.xyz"], "box": "30 A",
+             "net_force": "1e-3 eV/A", "stress": False},
+    mechanics={"launcher": "env", "failed": "stdout.txt: no", "lines_per_frame": 2, "restart_every": 7, "frame_timeout": "1 min",
+               "connect_timeout": "1 min", "evidence_timeout": "1 s", "socket_prefix": "/tmp/x", "environment": {}},
+    spelt={"net_force": "0 eV/A"},
+    elsewhere=frozenset({"version", "transport", "host", "charge", "multiplicity", "species"}),
+    memory=3e-5,  # 7e-6 was measured, at tblite's accuracy 0.1
+    forgetful={"restart_every": 1},
+    needs="tblite",
+)  # fmt: skip
 
-SUBJECTS = [TOY, TBLITE, PYSCF, ASE_TBLITE, EMT, CANDID, MODEL]
+SUBJECTS = [TOY, TBLITE, PYSCF, ASE_TBLITE, EMT, CANDID, MODEL, SOCKET]

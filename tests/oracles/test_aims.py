@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from stand_ins.inputs import RECORDED, aims_command, aims_folder, contents, species_folder, water
 
@@ -17,13 +15,11 @@ from bnn_driver.errors import (
     EnvironmentProblem,
     OracleConfigError,
     OracleCrashed,
-    OracleError,
     OracleInconsistent,
-    OracleTimeout,
     SCFNotConverged,
 )
 from bnn_driver.executors import LocalExecutor
-from bnn_driver.oracle import Oracle, fingerprint, label, load_oracle, read_failures
+from bnn_driver.oracle import Oracle, fingerprint, label, load_oracle
 from bnn_driver.records import Frames
 from oracles.aims_output import read_result
 
@@ -105,36 +101,6 @@ def test_the_fingerprint_sees_the_species_but_not_their_comments(aims: Make, tmp
     assert len({named("a"), named("d", "     hydro 3 d 7.6\n"), named("a", xc="rpbe")}) == 3
 
 
-#: what goes wrong in the stand-in, which error it must be, and what the message must say
-FAULTS = [
-    ("unconverged", SCFNotConverged, "says that its SCF did not converge"),
-    ("unconverged-farewell", SCFNotConverged, "says that its SCF did not converge"),
-    ("silent", SCFNotConverged, "without saying 'Self-consistency cycle converged.'"),
-    ("truncated", OracleCrashed, r"ends before 'Have a nice day\.' \(exit status 0\)"),
-    ("exit", OracleCrashed, r"\(exit status 174\)[\s\S]*stderr\.txt:\n\s+forrtl: severe"),
-    ("signal", OracleCrashed, r"\(signal SIGKILL\)"),
-    ("order", OracleInconsistent, "computed H O H, but O H H was asked for"),
-    ("moved", OracleInconsistent, r"atom 1 \(H\) is .* Å away"),
-    ("nan", OracleInconsistent, "not finite"),
-    ("stars", OracleInconsistent, r"printed '\*+"),
-    ("twice", OracleInconsistent, "converged 2 structures"),
-]
-
-
-@pytest.mark.parametrize(("fault", "error", "said"), FAULTS, ids=[fault for fault, *_ in FAULTS])
-def test_every_fault_is_an_error_that_says_what_happened(aims: Make, fault: str, error: type[OracleError], said: str) -> None:
-    with pytest.raises(error, match=said):
-        label(aims("--fault", fault), WATER)
-
-
-def test_a_failure_keeps_its_folder_and_quotes_the_end_of_the_output(aims: Make) -> None:
-    with pytest.raises(OracleCrashed) as caught:
-        label(aims("--fault", "exit"), WATER)
-    (folder,) = (path for path in Path.cwd().iterdir() if path.is_dir())
-    assert f"the end of {folder}/aims.out:" in str(caught.value)
-    assert {path.name for path in folder.iterdir()} == {"control.in", "geometry.in", "aims.out", "stderr.txt"}
-
-
 @pytest.mark.parametrize(("keep", "kept"), [("none", (0, 0)), ("failed", (0, 1)), ("all", (1, 2))])
 def test_folders_are_kept_as_asked(aims: Make, keep: str, kept: tuple[int, int]) -> None:
     def folders() -> int:
@@ -145,10 +111,6 @@ def test_folders_are_kept_as_asked(aims: Make, keep: str, kept: tuple[int, int])
     with pytest.raises(SCFNotConverged):
         label(aims("--fault", "unconverged", keep_files=keep), WATER)
     assert folders() == kept[1]
-
-
-def test_a_complete_output_counts_whatever_the_launcher_returns(aims: Make) -> None:
-    assert label(aims("--fault", "late"), WATER).evidence.endswith("; exit status 3")
 
 
 def test_the_ladder_is_climbed_to_the_first_rung_that_converges(aims: Make) -> None:
@@ -172,13 +134,6 @@ def test_only_a_failed_scf_climbs(aims: Make) -> None:
     assert len([path for path in Path.cwd().iterdir() if path.is_dir()]) == 1
 
 
-def test_a_changed_binary_is_noticed(aims: Make) -> None:
-    label(aims(), WATER)
-    label(aims(), replace(WATER, positions=WATER.positions + 0.5))
-    with pytest.raises(OracleInconsistent, match='version "240507 cd81235a3", but earlier labels came from "221103 cd81235a3"'):
-        label(aims("--version", "240507"), WATER)
-
-
 def test_a_prescribed_version_is_part_of_the_theory(aims: Make) -> None:
     given = aims(version="221103")
     assert label(given, WATER).code == given.code == "aims 221103"
@@ -187,18 +142,6 @@ def test_a_prescribed_version_is_part_of_the_theory(aims: Make) -> None:
         label(aims("--version", "240507", version="221103"), WATER)
     with pytest.raises(OracleInconsistent, match='says version "nothing"'):
         label(aims(answer="replay", version="221103"), WATER)
-
-
-def test_densities_are_reused_only_when_asked_and_the_label_says_so(aims: Make) -> None:
-    warm = aims(restart=True)
-    first = label(warm, WATER)
-    second = label(warm, replace(WATER, positions=WATER.positions + 0.1))
-    assert "started from" not in first.evidence
-    assert second.evidence.endswith(f"started from the density of label {first.frame_id}")
-    assert fingerprint(warm) == fingerprint(aims())
-    # other atoms, and a label without restart, start cold
-    assert "started from" not in label(warm, Frames(np.array([2]), np.zeros((1, 1, 3)))).evidence
-    assert "started from" not in label(aims(), WATER).evidence
 
 
 def test_a_failure_lends_no_density_on(aims: Make) -> None:
@@ -271,24 +214,3 @@ def test_through_the_executor_two_labels_at_once(aims: Make, tmp_path: Path) -> 
         mine = label(oracle, frame)
         assert theirs.energy == mine.energy
         assert theirs.forces.tobytes() == mine.forces.tobytes()
-
-
-def test_a_hanging_run_is_killed_with_all_its_ranks(aims: Make, tmp_path: Path) -> None:
-    aims()
-    settings = {"command": aims_command("compute", "--fault", "hang"), "folder": str(tmp_path / "inputs")}
-    with LocalExecutor("aims", settings, 1, 4.0, tmp_path / "work", 1, tmp_path / "spool") as executor:
-        with pytest.raises(OracleTimeout, match="killed after 4 s"):
-            executor.submit(WATER).result()
-        (file,) = (tmp_path / "work").glob("worker-0/aims-*/pids")
-        launcher, rank = (int(word) for word in file.read_text().split())
-        assert gone(launcher, rank)
-    (failure,) = read_failures(tmp_path / "spool").values()
-    assert failure["class"] == "OracleTimeout"
-
-
-def gone(*pids: int) -> bool:
-    """Within ten seconds: the rank is deaf to SIGTERM."""
-    end = time.monotonic() + 10
-    while time.monotonic() < end and any(psutil.pid_exists(pid) for pid in pids):
-        time.sleep(0.05)
-    return not any(psutil.pid_exists(pid) for pid in pids)

@@ -171,15 +171,20 @@ def test_one_atom_feels_no_force(subject: Subject) -> None:
 
 
 def test_a_label_depends_on_its_frame_only(subject: Subject) -> None:
-    """Not on frames of the same and of other atoms that came before, to the last bit."""
-    oracle = subject.oracle()
+    """Not on frames of the same and of other atoms that came before: to the last bit, but where a running code starts warm."""
+    assert_forgetful(subject, subject.oracle(), subject.memory)
+    if subject.memory:
+        assert_forgetful(subject, subject.oracle(**subject.forgetful), 0.0)
+
+
+def assert_forgetful(subject: Subject, oracle: Oracle, tolerance: float) -> None:
     frame = richest(subject, oracle)
     first = label(oracle, frame)
     label(oracle, moved(frame, 1, 0, 0.1))
     again = label(oracle, frame)
     label(oracle, Frames(np.array([subject.atom]), np.zeros((1, 1, 3))))
     for other in (again, label(oracle, frame), label(subject.oracle(), frame)):
-        assert_same(other, first, 0.0)
+        assert_same(other, first, tolerance)
 
 
 def test_a_fresh_process_gives_the_same_label(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ What is tested so is the way in and out: units, signs, order of atoms and compon
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import test_contract as laws
 from oracle_subjects import ZUNDEL, Subject
+from scripted_code import left, wait_until
 from stand_ins import inputs
 from test_contract import (  # noqa: F401
     test_a_cell_is_only_a_choice_of_images,
@@ -44,11 +47,21 @@ def aims(folder: Path) -> Subject:
     }  # fmt: skip
     physics = {"control": {"xc": "pbe0"}, "species_dir": str(tight), "stress": False, "version": "240507"}
     mechanics = {
+        "session": "socket", "restart_every": 7,
         "command": ["srun", "aims.x"], "restart": True, "keep_files": "all", "ladder": [{"charge_mix_param": 0.02}],
         "control": {"xc": "pbe", "sc_iter_limit": 200, "output_level": "MD_light"},
     }  # fmt: skip
     return Subject(
-        "aims", "aims", settings, 1e-3, 2e-4, 1e-7, physics, mechanics, {"version": "221103"}, elsewhere=frozenset({"folder"})
+        "aims",
+        "aims",
+        settings,
+        1e-3,
+        2e-4,
+        1e-7,
+        physics,
+        mechanics,
+        {"version": "221103"},
+        elsewhere=frozenset({"folder", "host"}),
     )
 
 
@@ -56,35 +69,49 @@ def vasp(folder: Path) -> Subject:
     """Energies and forces are printed with eight decimals: 1e-8 eV over 2e-3 Å."""
     pp_path = str(inputs.potential_folder(folder / "pp"))
     settings = {
-        "command": inputs.vasp_command("compute"), "incar": {"encut": 520}, "kpts": [1, 1, 1], "pp_path": pp_path,
+        "command": inputs.vasp_command("compute"), "incar": {"encut": 520, "isym": 0}, "kpts": [1, 1, 1], "pp_path": pp_path,
         "potcars": {"O": "O", "H": "H"}, "version": "6.3.0",
     }  # fmt: skip
     physics = {
-        "incar": {"encut": 400}, "xc": "pbesol", "kpts": [2, 1, 1], "gamma": False, "potcars": {"O": "O", "C": "C"}, "stress": False,
+        "incar": {"encut": 400, "isym": 0}, "xc": "pbesol", "kpts": [2, 1, 1], "gamma": False, "potcars": {"O": "O", "C": "C"}, "stress": False,
         "version": "6.4.2",
     }  # fmt: skip
     mechanics = {
+        "session": "interactive", "restart_every": 7,
         "command": ["srun", "vasp_std"], "restart": True, "keep_files": "all", "ladder": [{"algo": "All"}],
-        "incar": {"encut": 520.0, "ncore": 4, "algo": "Fast"},
+        "incar": {"encut": 520.0, "isym": 0, "ncore": 4, "algo": "Fast"},
     }  # fmt: skip
     return Subject(
         "vasp", "vasp", settings, 1e-3, 2e-4, 1e-7, physics, mechanics, {"version": "6.3.0"}, elsewhere=frozenset({"folder"})
     )
 
 
-@pytest.fixture(params=["aims", "vasp"])
-def subject(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
+def kept_running(subject: Subject, session: str, invariance: float) -> Subject:
+    """Its settings are those of single runs."""
+    again = replace(subject, settings=subject.settings | {"session": session}, invariance=invariance)
+    again.mechanics.pop("session")
+    again.mechanics.pop("restart")  # no meaning beside it
+    return replace(again, elsewhere=again.elsewhere | {"restart"})
+
+
+@pytest.fixture(params=["aims", "aims-socket", "vasp", "vasp-interactive"])
+def subject(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
     monkeypatch.chdir(tmp_path)
-    if request.param == "aims":
-        found = aims(tmp_path)
+    kind, _, session = request.param.partition("-")
+    found = (aims if kind == "aims" else vasp)(tmp_path)
+    if session:
+        found = kept_running(found, session, 3e-7)  # forces of VASP with seven decimals, positions of FHI-aims in its own bohr
+    if kind == "aims":
         # one law is about crystals, another about molecules: FHI-aims wants k-points for the first only
         name = request.node.name
         if any(word in name for word in ("triclinic", "stress", "images", "json", "left")):
             found.settings["control"]["k_grid"] = [1, 1, 1]
-        return found
-    # VASP knows crystals only: the molecules of the laws get a box
-    monkeypatch.setattr(laws, "molecule", lambda subject: replace(subject.crystal, cell=BOX))
-    return vasp(tmp_path)
+    else:
+        # VASP knows crystals only: the molecules of the laws get a box
+        monkeypatch.setattr(laws, "molecule", lambda subject: replace(subject.crystal, cell=BOX))
+    yield found
+    gc.collect()  # oracles end their codes
+    assert wait_until(lambda: not left(tmp_path), 15.0), "processes were left behind"
 
 
 def test_odd_electrons_are_refused_where_no_bands_share_them(subject: Subject) -> None:

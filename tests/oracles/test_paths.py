@@ -25,6 +25,7 @@ def test_only_fields_that_are_paths_are_seen_from_the_folder_of_the_config(monke
         "folder": "/there",
         "species_dir": "",
     }
+    assert absolute_paths("socket", {"folder": "inputs", "code": "x"}, Path("/base")) == {"folder": "/base/inputs", "code": "x"}
     assert absolute_paths("toy", {"depth": "2 eV"}, Path("/base")) == {"depth": "2 eV"}
 
 

@@ -170,6 +170,27 @@ def test_a_label_from_a_kept_density_is_the_cold_one(kind: str) -> None:
     np.testing.assert_allclose(second.forces, cold.forces, atol=2e-3)
 
 
+def test_a_running_code_gives_the_labels_of_cold_runs(kind: str) -> None:
+    warm: Any = aims(session="socket") if kind == "aims" else vasp(session="interactive")
+    for distance in (0.0, 0.02, -0.03):
+        moved = replace(SILICON, positions=SILICON.positions + np.array([[distance, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+        mine, cold = label(warm, moved), label(silicon(kind), moved)
+        assert ("warm, frame" in mine.evidence) == (distance != 0.0)
+        assert mine.energy == pytest.approx(cold.energy, abs=1e-4)
+        np.testing.assert_allclose(mine.forces, cold.forces, atol=2e-3)
+        np.testing.assert_allclose(mine.stress, cold.stress, atol=1e-4)
+    warm.close()
+
+
+def test_a_running_code_gives_no_label_of_two_iterations(kind: str) -> None:
+    if kind == "aims":
+        oracle: Any = aims(control={"sc_iter_limit": 2}, session="socket")
+    else:
+        oracle = vasp(incar={"nelm": 2}, session="interactive")
+    with pytest.raises(SCFNotConverged):
+        label(oracle, SILICON)
+
+
 def test_the_version_is_found(kind: str) -> None:
     result = label(silicon(kind), SILICON)
     assert len(result.code.split()) > 1

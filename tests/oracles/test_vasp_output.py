@@ -37,6 +37,14 @@ def test_the_free_energy_is_taken_and_not_the_one_without_smearing() -> None:
     assert abs(theirs.get_potential_energy() - theirs.calc.results["free_energy"]) == pytest.approx(2.4e-4, rel=0.02)
 
 
+def test_the_number_of_steps_is_not_that_of_the_response_functions(tmp_path: Path) -> None:
+    """VASP 5.4.4 prints a second NELM, which is 1, at the end of the parameters."""
+    text = (FILES / "vasprun_dfpt.xml").read_text()
+    block = '<separator name="response functions" ><i type="int" name="NELM">     1</i></separator></parameters>'
+    (tmp_path / "vasprun.xml").write_text(text.replace("</parameters>", block, 1))
+    assert read_xml(tmp_path / "vasprun.xml").parameters["NELM"] == "100"
+
+
 def test_only_the_steps_of_the_ground_state_count() -> None:
     assert read_xml(FILES / "vasprun_pstress.xml").steps == 9
     # the linear response that follows has 67 more

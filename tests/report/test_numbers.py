@@ -65,6 +65,21 @@ def test_the_promise_is_judged_by_audits_alone(tmp_path: Path, audits: int, beyo
     assert found["calls"]["exceeded"] == 5
 
 
+def test_every_criterion_has_its_own_coverage_and_one_broken_promise_breaks_the_whole(tmp_path: Path) -> None:
+    # the force on each atom is wrong by sqrt(3) force_error; half of the audits lie beyond 0.1 eV/Å, none beyond 1 eV/Å
+    audits = [Fact(100 + i, "audit", 0.1 * ACCURACY, 1.0, 0.01, force_error=(0.04, 0.08)[i % 2]) for i in range(80)]
+    settings = SETTINGS | {"accuracy": SETTINGS["accuracy"] | {"forces": 0.1, "species": {"C": 1.0}}}
+    run = make_run(tmp_path, [FIRST, *audits], settings)
+    found = summary(run.path)
+    counted = {name: (c["audits"], c["exceeded"], c["promise"]) for name, c in found["coverage"].items()}
+    assert counted == {"energy": (80, 0, "holds"), "force": (80, 40, "broken"), "force C": (80, 0, "holds")}
+    assert found["promise"] == "broken"
+    text = render_summary(found)
+    assert "promise     holds: 0 of 80" in text
+    assert "  force     broken: 40 of 80 audited frames beyond the accuracy, 95 % interval 38.6 to 61.4 %" in text
+    assert "  force C   holds: 0 of 80" in text
+
+
 def test_wall_time_is_the_last_clock_of_every_start(tmp_path: Path) -> None:
     run = make_run(tmp_path, [FIRST])
     for start in range(2):

@@ -4,7 +4,7 @@
 
 replay: the geometry must be that of RECORDED/singlepoint.out, which is then printed as it is.   compute: any geometry, with the numbers of
 `pair_potential` in the layout of singlepoint.out (start and end of issue_3345_spin_md_light.out, table of the stress of relax.out).
-Outputs with a fault are synthetic: edited from these.
+Outputs with a fault are synthetic: edited from these.  With use_pimd_wrapper in control.in it serves a socket (see aims_session.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+import aims_session
 from faults import die, expect
 from pair_potential import evaluate, volume
 
@@ -33,10 +34,14 @@ def main() -> None:
     parser.add_argument("--converges-with", default="")
     parser.add_argument("--fault", default="")
     parser.add_argument("--version", default="221103")
+    parser.add_argument("--from", type=int, default=1, help="behind a socket: the frame from which the fault happens")
     options = parser.parse_args()
     keywords, nuclei = read_control()
     species, positions, cell = read_geometry()
     check(options, keywords, nuclei, species, cell)
+    if "use_pimd_wrapper" in keywords:
+        behind_socket(options, keywords, species, positions, cell)
+        return
     if options.answer == "replay":
         text = (options.recorded / "singlepoint.out").read_text()
         check_same_geometry(text, species, positions, cell)
@@ -148,6 +153,41 @@ def compute(
         + numbers(final, energy, forces, stress, table)
         + end
     )
+
+
+def behind_socket(
+    options: argparse.Namespace,
+    keywords: dict[str, list[str]],
+    species: list[str],
+    positions: list[list[float]],
+    cell: list[list[float]] | None,
+) -> None:
+    log = (options.recorded / "socket.out").read_text()
+    head = log[: log.index(aims_session.CONNECTING)]
+    where = keywords["use_pimd_wrapper"]
+    wanted = options.converges_with.split()
+    if wanted and keywords.get(wanted[0]) != wanted[1:]:
+        options.fault = "unconverged"
+    if options.answer == "replay":
+        check_same_geometry(head, species, positions, cell)
+        aims_session.serve(where, head, aims_session.recorded_frames(log), aims_session.replayed, options)
+        return
+    frame = (options.recorded / "issue_3345_spin_md_light.out").read_text()
+    start = frame[: frame.index("  Obtaining array dimensions")].replace("221103", options.version)
+    head = re.sub(r"(\| Number of atoms  .*:).*", rf"\1 {len(species):8d}", head)
+    head = re.sub(r"  Input geometry:\n(?:  \|.*\n)+", lambda _: geometry(species, positions, cell), head)
+    table = (options.recorded / "relax.out").read_text()
+    charge, unpaired = (float(keywords.get(name, ["0"])[0]) for name in ("charge", "fixed_spin_moment"))
+
+    def told(text: str, moved: list[list[float]]) -> tuple[str, float, list[list[float]]]:
+        energy, forces, strain = evaluate(species, moved, cell, charge, unpaired)
+        stress = None
+        if "compute_analytical_stress" in keywords and cell is not None:
+            stress = [[x / volume(cell) for x in row] for row in strain]
+        text = numbers(text, energy, forces, stress, table)
+        return aims_session.with_structure(text, species, moved), energy, forces
+
+    aims_session.serve(where, start + head, aims_session.recorded_frames(log), told, options)
 
 
 def geometry(species: list[str], positions: list[list[float]], cell: list[list[float]] | None) -> str:

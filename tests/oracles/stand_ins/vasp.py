@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import vasp_session
 from faults import die, expect
 from pair_potential import evaluate, volume
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--converges-with", default="")
     parser.add_argument("--fault", default="")
     parser.add_argument("--version", default="6.3.0")
+    parser.add_argument("--from", type=int, default=1, help="in the interactive mode: the frame from which the fault happens")
     options = parser.parse_args()
     tags, potentials = read_incar(), read_potcar()
     symbols, positions, cell = read_poscar()
@@ -43,6 +45,9 @@ def main() -> None:
         Path("WAVECAR").write_bytes(b"wavefunctions")
     neutral = sum(potentials[symbol] for symbol in symbols)
     electrons = float(tags.get("NELECT", neutral))
+    if tags.get("INTERACTIVE") == ".TRUE.":
+        converse(options, tags, symbols, positions, cell, neutral, electrons)
+        return
     xml = ElementTree.parse(options.recorded / "vasprun_pstress.xml")
     outcar = (options.recorded / "OUTCAR_example_1").read_text()
     if options.answer == "replay-xml":
@@ -56,16 +61,36 @@ def main() -> None:
         fill(xml, tags, symbols, positions, cell, electrons, energy, forces, pressure, version)
         raw = written(xml)
     else:
-        unpaired = float(tags.get("NUPDOWN", 0)) if tags.get("ISPIN") == "2" else 0.0
-        energy, forces, strain = evaluate(symbols, positions, cell, neutral - electrons, unpaired)
-        # what the cell exerts, in kB
-        pressure = [[-x / volume(cell) * BAR / 1000 for x in row] for row in strain]
+        energy, forces, pressure = computed(tags, symbols, positions, cell, neutral - electrons)
         fill(xml, tags, symbols, positions, cell, electrons, energy, forces, pressure, f"{options.version} 20Jan22")
         raw = written(xml)
         outcar = retold(outcar, energy, f"{options.version} 20Jan22", positions, forces, pressure)
     wanted = options.converges_with.split()
     fault = options.fault or ("unconverged" if wanted and tags.get(wanted[0]) != wanted[1] else "")
     leave(raw, outcar, fault)
+
+
+def computed(tags: dict[str, str], symbols: list[str], positions: Rows, cell: Rows, charge: float) -> tuple[float, Rows, Rows]:
+    """Energy, forces, and what the cell exerts, in kB."""
+    unpaired = float(tags.get("NUPDOWN", 0)) if tags.get("ISPIN") == "2" else 0.0
+    energy, forces, strain = evaluate(symbols, positions, cell, charge, unpaired)
+    return energy, forces, [[-x / volume(cell) * BAR / 1000 for x in row] for row in strain]
+
+
+def converse(
+    options: argparse.Namespace,
+    tags: dict[str, str],
+    symbols: list[str],
+    positions: Rows,
+    cell: Rows,
+    neutral: float,
+    electrons: float,
+) -> None:
+    wanted = options.converges_with.split()
+    if wanted and tags.get(wanted[0]) != wanted[1]:
+        options.fault = "unconverged"
+    run = vasp_session.Run(options, tags, symbols, positions, cell, electrons)
+    vasp_session.serve(run, lambda x: computed(tags, symbols, x, cell, neutral - electrons), retold, int(tags["NSW"]))
 
 
 def read_incar() -> dict[str, str]:
@@ -95,7 +120,10 @@ def read_poscar() -> tuple[list[str], Rows, Rows]:
 
 def check(options: argparse.Namespace, tags: dict[str, str], potentials: dict[str, float], symbols: list[str]) -> None:
     """What the real code would stumble over, or what the recorded run had."""
-    expect(float(tags.get("NSW", 0)) == 0 and tags.get("IBRION") in ("-1", "0"), "not a single point")
+    if tags.get("INTERACTIVE") == ".TRUE.":
+        vasp_session.check(tags)
+    else:
+        expect(float(tags.get("NSW", 0)) == 0 and tags.get("IBRION") in ("-1", "0"), "not a single point")
     expect(tags.get("ISIF") in ("2", "3"), "no stress")
     expect(
         list(dict.fromkeys(symbols)) == list(potentials), f"POSCAR has {list(dict.fromkeys(symbols))}, POTCAR {list(potentials)}"
