@@ -40,6 +40,8 @@ class Ipi(Section):
     """Name -> XML of simulations of the same atoms that share labels, chains and weights: replicas, temperatures, umbrella windows."""
     connect_timeout: Seconds = "2 min"  # type: ignore[assignment]
     reconnects: int = Field(default=10, ge=0)
+    silence_timeout: Seconds = "6 h"  # type: ignore[assignment]
+    """An i-PI that asks nothing for so long is taken for hung; longer when other force providers of the same input take longer."""
 
     @model_validator(mode="after")
     def _one_or_many(self) -> Ipi:
@@ -208,6 +210,8 @@ class TrainerSettings(Section):
     device: str = "cpu"
     threads: int = Field(default=1, ge=1)
     update_retries: int = Field(default=1, ge=0)
+    stall_timeout: Seconds = "30 min"  # type: ignore[assignment]
+    """Without a single step of the chains for so long the trainer is taken for hung and started again."""
 
 
 class OracleSettings(Section):

@@ -6,6 +6,7 @@ output, which codes that print can no longer reach.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -17,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from bnn_driver.errors import OracleConfigError
+from bnn_driver.errors import EnvironmentProblem, OracleConfigError
 from bnn_driver.executors.children import Job
 from bnn_driver.executors.messages import error_to_facts, frame_from_facts, receive, send
 from bnn_driver.oracle import Limits, Oracle, fingerprint, label, load_oracle, write_done, write_failed
@@ -69,7 +70,8 @@ def _serve(oracle: Oracle, frame: Frames, spool: Path, limits: Limits) -> dict[s
     try:
         write_done(spool, label(oracle, frame, limits))
     except Exception as error:  # as above
-        write_failed(spool, frame.content_id(fingerprint(oracle)), error)
+        with contextlib.suppress(EnvironmentProblem):  # a full disk: the driver hears of the failure itself
+            write_failed(spool, frame.content_id(fingerprint(oracle)), error)
         return _failure(error)
     return {}
 

@@ -114,16 +114,18 @@ def test_a_cancelled_frame_costs_nothing_and_can_be_asked_again(faulty: Callable
     assert calls(tmp_path / "work") == 2
 
 
-def test_a_hanging_calculation_is_killed_at_its_limit(faulty: Callable[..., LocalExecutor], tmp_path: Path) -> None:
+def test_a_hanging_calculation_is_killed_and_tried_once_more_with_twice_the_limit(
+    faulty: Callable[..., LocalExecutor], tmp_path: Path
+) -> None:
     executor = faulty(timeout=1.0)
     executor.submit(helium()).result()  # the start of the process does not count
     start = time.monotonic()
-    with pytest.raises(OracleTimeout, match="killed after 1 s"):
+    with pytest.raises(OracleTimeout, match="killed after 2 s"):
         executor.submit(helium(SLEEPS)).result()
-    assert 0.9 < time.monotonic() - start < 10
+    assert 2.9 < time.monotonic() - start < 30
     assert executor.submit(helium(x=1.0)).result().energy == 0.0
     (failure,) = read_failures(tmp_path / "spool").values()
-    assert (failure["class"], failure["count"]) == ("OracleTimeout", 1)
+    assert (failure["class"], failure["count"]) == ("OracleTimeout", 2)
 
 
 def test_what_the_code_started_dies_with_it(faulty: Callable[..., LocalExecutor], tmp_path: Path) -> None:
@@ -162,8 +164,8 @@ def test_a_child_that_always_dies_is_reported_with_its_status(faulty: Callable[.
     executor = faulty()
     with pytest.raises(OracleCrashed, match=r"exit status 3.*stderr\.log"):
         executor.submit(helium(EXITS)).result()
-    assert calls(tmp_path / "work") == 2
-    assert read_failures(tmp_path / "spool")[helium(EXITS).content_id(executor.fingerprint)]["count"] == 2
+    assert calls(tmp_path / "work") == 3
+    assert read_failures(tmp_path / "spool")[helium(EXITS).content_id(executor.fingerprint)]["count"] == 3
 
 
 def test_a_failed_scf_is_final_and_keeps_its_class(faulty: Callable[..., LocalExecutor], tmp_path: Path) -> None:

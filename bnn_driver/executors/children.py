@@ -62,18 +62,18 @@ class Child:
         self._lock = threading.Lock()
 
     def label(
-        self, frame: Frames, name: str, stop: threading.Event, *, attempt: str = "", own: tuple[str, ...] = ()
+        self, frame: Frames, name: str, stop: threading.Event, limit: float, *, attempt: str = "", own: tuple[str, ...] = ()
     ) -> BnnError | None:
         """Have the label of a frame in the spool, computed unless it is there already.
 
-        Args: attempt: see `claim`.   own: names of variables of the environment that the child has to see as they are now.
+        Args: limit: s.   attempt: see `claim`.   own: names of variables of the environment that the child has to see as they are now.
         Returns: None, or why there is none; failures are in the spool then.   Raises: FrameBusy, EnvironmentProblem, see `claim`.
         """
         with claim(self._spool, name, attempt):
             if read_done(self._spool, name) is not None:
                 return None
             try:
-                failure = self._compute(frame, stop, own)
+                failure = self._compute(frame, stop, limit, own)
             except (OracleTimeout, OracleCrashed) as error:
                 failure = error
                 if not stop.is_set() and read_done(self._spool, name) is None:
@@ -82,7 +82,7 @@ class Child:
                 self.kill()
             return failure
 
-    def _compute(self, frame: Frames, stop: threading.Event, own: tuple[str, ...]) -> BnnError | None:
+    def _compute(self, frame: Frames, stop: threading.Event, limit: float, own: tuple[str, ...]) -> BnnError | None:
         if self._child is not None and (self._labels >= RECYCLE or not _lives(self._child)):
             self.kill()
         if self._child is None:
@@ -93,7 +93,7 @@ class Child:
                 return failure
         self._labels += 1
         environment = {variable: os.environ.get(variable) for variable in own}
-        return self._ask({"frame": frame_to_facts(frame), "environment": environment}, self._job.timeout)
+        return self._ask({"frame": frame_to_facts(frame), "environment": environment}, limit)
 
     def _start(self, stop: threading.Event) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

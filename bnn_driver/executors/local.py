@@ -9,6 +9,7 @@ from typing import Any
 from bnn_driver.errors import BnnError
 from bnn_driver.executors.children import Child, Job
 from bnn_driver.executors.pool import Pool
+from bnn_driver.executors.retries import PATIENCE
 from bnn_driver.oracle import Limits, fingerprint, load_oracle
 from bnn_driver.records import Frames
 
@@ -18,12 +19,12 @@ class _ChildPlace:
         self._child = child
         self.interrupt, self.close = child.interrupt, child.kill
 
-    def label(self, frame: Frames, name: str, priority: int, stop: threading.Event) -> BnnError | None:
-        return self._child.label(frame, name, stop)
+    def label(self, frame: Frames, name: str, priority: int, stop: threading.Event, limit: float) -> BnnError | None:
+        return self._child.label(frame, name, stop, limit)
 
 
 class LocalExecutor(Pool):
-    """Labels frames on `workers` child processes."""
+    """Labels frames on `workers` child processes; after a timeout a frame is tried once more with twice the limit."""
 
     def __init__(
         self,
@@ -44,4 +45,4 @@ class LocalExecutor(Pool):
         """
         name = fingerprint(load_oracle(kind, settings))
         job = Job(kind, settings, name, str(spool.resolve()), timeout, threads, limits or Limits())
-        super().__init__(job, [_ChildPlace(Child(work_directory / f"worker-{n}", job)) for n in range(workers)], pause=0.0)
+        super().__init__(job, [_ChildPlace(Child(work_directory / f"worker-{n}", job)) for n in range(workers)], 0.0, PATIENCE)

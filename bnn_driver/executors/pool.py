@@ -16,7 +16,7 @@ from typing import Protocol, Self
 from bnn_driver.errors import BnnError, FrameBusy, OracleCrashed, OracleError, OracleInconsistent, OracleTimeout, WorkerLost
 from bnn_driver.executors.children import START_LIMIT, Job
 from bnn_driver.executors.claims import holder, is_claimed
-from bnn_driver.executors.retries import Retries
+from bnn_driver.executors.retries import LONGEST, Retries
 from bnn_driver.oracle import read_done, write_failed
 from bnn_driver.records import Frames, Label
 
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class Place(Protocol):
     """Where one frame at a time is computed; owned by one thread."""
 
-    def label(self, frame: Frames, name: str, priority: int, stop: threading.Event) -> BnnError | None:
-        """Have the label in the spool.  Returns or raises why there is none."""
+    def label(self, frame: Frames, name: str, priority: int, stop: threading.Event, limit: float) -> BnnError | None:
+        """Have the label in the spool within `limit` (s).  Returns or raises why there is none."""
 
     def interrupt(self) -> None:
         """End what is computed now; called from another thread after `stop` was set."""
@@ -49,13 +49,13 @@ class Pool:
     """Labels frames on its places; the order is priority (lower first), then submission.
 
     A label that lies in the spool is returned at once; frames of one content id in flight share one future; a frame that another
-    process computes is waited for.  A lost or crashed place is tried again within `COSTS`; other failures are final.
+    process computes is waited for.  What is tried again after a failure, and how often, stands in `retries`.
     """
 
-    def __init__(self, job: Job, places: Sequence[Place], pause: float) -> None:
-        """Args: pause: s before the first retry."""
+    def __init__(self, job: Job, places: Sequence[Place], pause: float, patience: float) -> None:
+        """Args: pause, patience: see `Retries`."""
         self.fingerprint, self.spool = job.fingerprint, Path(job.spool)
-        self._timeout, self._pause, self._places = job.timeout, pause, places
+        self._timeout, self._pause, self._patience, self._places = job.timeout, pause, patience, places
         self._queue: queue.PriorityQueue[tuple[float, int, _Task | None]] = queue.PriorityQueue()
         self._lock = threading.Lock()
         self._in_flight: dict[str, _Task] = {}
@@ -162,9 +162,9 @@ class Pool:
             del self._in_flight[task.name]
 
     def _compute(self, task: _Task, place: Place) -> Label:
-        retries = Retries(self._pause)
+        retries = Retries(self._pause, self._patience)
         while True:
-            failure = self._attempt(task, place)
+            failure = self._attempt(task, place, retries.limits * self._timeout)
             # looked for also after a failure: it may have been written in the moment before the end
             found = read_done(self.spool, task.name)
             if found is not None:
@@ -182,11 +182,11 @@ class Pool:
             write_failed(self.spool, task.name, failure)  # the worker could not
         raise failure
 
-    def _attempt(self, task: _Task, place: Place) -> BnnError | None:
+    def _attempt(self, task: _Task, place: Place, limit: float) -> BnnError | None:
         """None when the label should be in the spool."""
         while not self._killed.is_set():
             try:
-                failure = place.label(task.frame, task.name, task.priority, self._killed)
+                failure = place.label(task.frame, task.name, task.priority, self._killed, limit)
             except (OracleTimeout, OracleCrashed, FrameBusy) as error:
                 failure = error
             if not isinstance(failure, FrameBusy):
@@ -198,7 +198,7 @@ class Pool:
 
     def _wait_until_free(self, name: str) -> None:
         """Raises: OracleTimeout when the other process has had its time for the label and still holds the frame."""
-        limit, pause = START_LIMIT + 1.2 * self._timeout, 0.02
+        limit, pause = START_LIMIT + 1.2 * LONGEST * self._timeout, 0.02
         end = time.monotonic() + limit
         while is_claimed(self.spool, name) and not self._killed.wait(pause):
             if time.monotonic() > end:

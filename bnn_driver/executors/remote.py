@@ -51,12 +51,14 @@ class Workers(Protocol):
 
 
 class RemoteExecutor(Pool):
-    """Labels as many frames at a time as there may be workers."""
+    """Labels as many frames at a time as there may be workers; a timeout is final, for a job ends before twice the limit."""
 
     def __init__(self, job: Job, workers: Workers, places: int, work_directory: Path) -> None:
         """Args: work_directory: scratch and logs of the workers."""
         self._remote = workers
-        super().__init__(job, [_RemotePlace(job, workers, work_directory.resolve()) for _ in range(places)], RETRY_PAUSE)
+        super().__init__(
+            job, [_RemotePlace(job, workers, work_directory.resolve()) for _ in range(places)], RETRY_PAUSE, patience=1.0
+        )
 
     def shutdown(self, wait: bool = True) -> None:
         """As `Pool`; afterwards all jobs and processes are ended."""
@@ -77,7 +79,7 @@ class _RemotePlace:
     def close(self) -> None:
         """Nothing to do: the workers belong to the executor."""
 
-    def label(self, frame: Frames, name: str, priority: int, stop: threading.Event) -> BnnError | None:
+    def label(self, frame: Frames, name: str, priority: int, stop: threading.Event, limit: float) -> BnnError | None:
         attempt = uuid.uuid4().hex
         future = self._workers.submit(order(self._facts, self._work, frame, name, attempt), priority)
         self._wait(future, name, attempt, stop)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bnn_driver.errors import BnnError, OracleCrashed, WorkerLost
+from bnn_driver.errors import BnnError, OracleCrashed, OracleTimeout, WorkerLost
 
-COSTS: tuple[tuple[type[BnnError], float], ...] = ((WorkerLost, 0.25), (OracleCrashed, 1.0))
-"""First class that fits; a lost node says little about the frame, a dead code much.  All other failures are final: they would recur."""
+COSTS: tuple[tuple[type[BnnError], float], ...] = ((WorkerLost, 0.25), (OracleCrashed, 0.5))
+"""First class that fits; a lost node says little about the frame, a dead code more.  All other failures are final, for they would
+recur, but for one time limit where there is patience."""
 BUDGET = 1.0
+PATIENCE = 2.0
+"""Factor on the time limit when a frame is tried again after a timeout."""
+LONGEST = 1 + PATIENCE
+"""Time limits that a frame whose code hangs may take."""
 LONGEST_PAUSE = 120.0
 """Seconds."""
 
@@ -19,11 +24,18 @@ class Retries:
 
     pause: float
     """s before the first retry; doubled for each further one."""
+    patience: float = 1.0
+    """Factor on the time limit of one retry after a timeout; 1: a timeout is final."""
+    limits: float = field(default=1.0, init=False)
+    """Time limits that the next attempt may take."""
     spent: float = field(default=0.0, init=False)
     _next: float = field(default=0.0, init=False)
 
     def after(self, failure: BnnError) -> float | None:
         """Seconds to wait before the next attempt; None if there is none."""
+        if isinstance(failure, OracleTimeout) and self.limits < self.patience:
+            self.limits = self.patience
+            return 0.0
         self.spent += next((cost for kind, cost in COSTS if isinstance(failure, kind)), BUDGET + 1)
         if self.spent > BUDGET:
             return None

@@ -48,7 +48,12 @@ def label_task(text: str) -> str:
     child = _child(facts["job"], Path(facts["work"]))
     try:
         failure = child.label(
-            frame_from_facts(facts["frame"]), facts["name"], _NEVER, attempt=facts["attempt"], own=MPI_VARIABLES
+            frame_from_facts(facts["frame"]),
+            facts["name"],
+            _NEVER,
+            facts["job"]["timeout"],
+            attempt=facts["attempt"],
+            own=MPI_VARIABLES,
         )
     except BnnError as error:
         failure = error

@@ -205,7 +205,7 @@ class Driver:
 
     def _queue_audits(self, frames: Frames, prediction: Prediction, decisions: Sequence[Decision]) -> None:
         for b, decision in enumerate(decisions):
-            if decision.criterion == "audit" and not self.labelling.was_audited(*self.counter.moment(b)):
+            if decision.criterion == "audit" and not self._was_labelled(frames[b], b):
                 self.labelling.audit(frames[b], self._context(frames, prediction, decision, b), self.warn)
 
     def _tell_of_dropped(self, before: Sequence[Decision], after: Sequence[Decision]) -> None:
@@ -239,6 +239,10 @@ class Driver:
 
     def _has_new_weights(self, generation: int) -> bool:
         return self.chains.newest() != generation
+
+    def _was_labelled(self, frame: Frames, b: int) -> bool:
+        """Whether an audit would be of a moment or of a structure that has its label: both come again when i-PI steps back."""
+        return self.labelling.was_audited(*self.counter.moment(b)) or self.labelling.known(frame) is not None
 
     def _learn(self, answer: LabelledFrame) -> None:
         """Take the calibration pair, of what was believed before the label came."""

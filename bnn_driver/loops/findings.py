@@ -9,6 +9,7 @@ from typing import Any
 
 from bnn_driver.config import Config
 from bnn_driver.errors import ConfigError
+from bnn_driver.executors.retries import LONGEST
 from bnn_driver.ipi.addresses import state_of
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess
 from bnn_driver.ipi.transport import Endpoint
@@ -26,10 +27,11 @@ SOCKETS = {
 
 def input_findings(found: IpiInput, config: Config) -> list[str]:
     """Settings of the i-PI input that cost something.  Raises: ConfigError for those that would spoil the run."""
-    if 0 < found.timeout < config.oracle.timeout:
+    longest = LONGEST * config.oracle.timeout
+    if 0 < found.timeout < longest:
         raise ConfigError(
-            f"{found.path}: <timeout> is {found.timeout:g} s, but a label may take {config.oracle.timeout:g} s ([oracle] timeout): "
-            "i-PI would drop the driver in the middle of it; remove <timeout> or make it longer"
+            f"{found.path}: <timeout> is {found.timeout:g} s, but a label may take {longest:g} s: [oracle] timeout, and once more with "
+            "twice the limit. i-PI would drop the driver in the middle of it; remove <timeout> or make it longer"
         )
     if found.pbc and not config.system.periodic:
         raise ConfigError(

@@ -7,7 +7,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,7 @@ from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.config import Config, read_config
 from bnn_driver.errors import BnnError, CleanStop, ConfigError, IpiGone
+from bnn_driver.executors.retries import LONGEST
 from bnn_driver.ipi.client import Client
 from bnn_driver.ipi.foreign import ask_to_stop
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess
@@ -40,9 +41,10 @@ from bnn_driver.loops.execution import make_executor
 from bnn_driver.loops.findings import input_findings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
+from bnn_driver.loops.quarantine import Quarantine, settings_digest
 from bnn_driver.loops.trainer import TrainerProcess
 from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
-from bnn_driver.oracle import Oracle, absolute_paths, fingerprint, load_oracle, read_done
+from bnn_driver.oracle import Limits, Oracle, absolute_paths, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
@@ -175,7 +177,7 @@ class Session:
         if wait_for_audits and in_flight:
             self.progress.show(self.driver.step, f"waiting for {in_flight} audits", force=True)
         try:
-            self.driver.finish(self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
+            self.driver.finish(LONGEST * self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
         except KeyboardInterrupt as error:
             reason = f"{reason}; {_reason(error)}"
             raise
@@ -230,9 +232,9 @@ def _open(
         write_atomic(run.path / "bnn.toml", config_file.read_bytes())
         events.append("start", step=done, config=str(config_file))
         foundation = foundation_generation(model, config.ensemble.members)
-        if weights.latest(run.generations_dir) is None:
+        if weights.settle(run.generations_dir) is None:
             weights.publish(run.generations_dir, foundation)
-        trainer = TrainerProcess(run, config.trainer.threads)
+        trainer = TrainerProcess(run, config.trainer.threads, config.trainer.stall_timeout)
         trainer.begin()
         stack.callback(trainer.stop)
         labelling = _labelling(config, options, base, run, oracle, stack)
@@ -250,9 +252,11 @@ def _labelling(
     executor = make_executor(config, options, base, run.oracle_dir, run.spool_dir)
     stack.callback(executor.shutdown, wait=False)
     name = fingerprint(oracle)
-    labelling = Labelling(
-        LabelStore(run.labels_dir), executor, run.oracle_dir / "pending", name, config.oracle.max_labels, run.walker
-    )
+    o, limits = config.oracle, Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
+    tried = settings_digest(o.kind, options, o.timeout, o.threads, asdict(limits))
+    quarantine = Quarantine(run.oracle_dir / "quarantine", tried)
+    pending = run.oracle_dir / "pending"
+    labelling = Labelling(LabelStore(run.labels_dir), executor, pending, name, o.max_labels, quarantine, run.walker)
     labelling.recover(lambda frame_id: read_done(run.spool_dir, frame_id))
     return labelling
 
@@ -305,6 +309,7 @@ def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], sh
         connect_timeout=config.ipi.connect_timeout,
         reconnects=config.ipi.reconnects,
         gather_seconds=GATHER_SECONDS,
+        silence_timeout=config.ipi.silence_timeout,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,8 +23,25 @@ from bnn_driver.store.run import EventLog, RunDirectory, write_atomic
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
+PULSE_SECONDS = 1.0
 FAILED = "failed.json"
 """In generations/: the labels whose update diverged, so that nobody waits for it."""
+
+
+@dataclass
+class Pulse:
+    """A file that the trainer touches while it works; what does not move for long is taken for hung."""
+
+    file: Path
+    _touched: float = field(default=float("-inf"), init=False)
+
+    def beat(self, *_: object) -> None:
+        """Called after every step of the chains and between two looks for labels."""
+        now = time.monotonic()
+        if now - self._touched > PULSE_SECONDS:
+            self._touched = now
+            with contextlib.suppress(OSError):  # of a full disk the next label says more
+                self.file.touch()
 
 
 def serve_updates(
@@ -36,22 +54,24 @@ def serve_updates(
     """
     store = LabelStore(run.labels_dir)
     events = EventLog(run.events_dir)
+    previous: Generation | None = None
+    pulse = Pulse(pulse_file(run))
     while True:
+        pulse.beat()
         store.refresh()
-        previous = weights.load_latest(run.generations_dir)
+        if previous is None or weights.latest(run.generations_dir) != previous.number:
+            previous = weights.settle(run.generations_dir)
         if previous is None:
             raise EnvironmentProblem(
                 f"{run.generations_dir} holds no readable generation; remove the folder to begin from the labels"
             )
-        if previous.number != weights.latest(run.generations_dir):
-            weights.go_back(run.generations_dir, previous.number)
         labels = store.all()
         known = set(previous.label_ids) | failed_labels(run.generations_dir)
         new = [item for item in labels if item.label.frame_id not in known]
         if not _worth_an_update(new, audits_at_once):
             time.sleep(POLL_SECONDS)
             continue
-        generation = _try_update(learner, previous, store, events, retries)
+        generation = _try_update(learner, previous, store, events, retries, pulse)
         if generation is None:
             ids = [item.label.frame_id for item in labels]
             write_atomic(run.generations_dir / FAILED, json.dumps(ids).encode())
@@ -67,12 +87,14 @@ def _worth_an_update(new: list[LabelledFrame], audits_at_once: int | None) -> bo
     return any(not item.context["audit"] for item in new) or (audits_at_once is not None and len(new) >= audits_at_once)
 
 
-def _try_update(learner: Learner, previous: Generation, store: LabelStore, events: EventLog, retries: int) -> Generation | None:
+def _try_update(
+    learner: Learner, previous: Generation, store: LabelStore, events: EventLog, retries: int, pulse: Pulse
+) -> Generation | None:
     """The next generation, or None when every attempt diverged; each failure is said and recorded."""
     labels = store.all()
     for attempt in range(retries + 1):
         begin = time.monotonic()
-        generation, report = update(learner, previous, labels, attempt)
+        generation, report = update(learner, previous, labels, attempt, pulse.beat)
         seconds = time.monotonic() - begin
         facts = asdict(report) if report.finite else {"steps": report.steps, "reason": report.reason}
         events.append("update", generation=generation.number, labels=len(labels), seconds=seconds, attempt=attempt, **facts)
@@ -81,6 +103,11 @@ def _try_update(learner: Learner, previous: Generation, store: LabelStore, event
         events.append("warning", message=f"update {generation.number} diverged and is discarded: {report.reason}")
         log.warning("update %d diverged and is discarded: %s", generation.number, report.reason)
     return None
+
+
+def pulse_file(run: RunDirectory) -> Path:
+    """What the one trainer of all walkers touches."""
+    return run.generations_dir / "trainer.alive"
 
 
 def failed_labels(folder: Path) -> set[str]:
@@ -98,8 +125,14 @@ class TrainerProcess:
 
     run: RunDirectory
     threads: int
+    stall_timeout: float
+    """s without a step of the chains after which it is taken for hung, killed and started again."""
     restarts: int = 3
+    """How often in a row, without a generation in between, it may end or hang."""
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _ends: int = field(default=0, init=False)
+    _pulse: tuple[int, float] = field(default=(0, 0.0), init=False)
+    """When the file was touched last, by the clock of the file system, and when that was seen, by a clock that never jumps."""
 
     def begin(self) -> None:
         """Start the process of a new start: labels whose update diverged before are tried again, with the settings of now."""
@@ -119,12 +152,15 @@ class TrainerProcess:
                 stderr=output,
                 env=environment,
             )
+        self._pulse = (0, time.monotonic())
 
     def stop(self) -> None:
         """End the process; an update under way is repeated at the next start."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
             self._process = None
 
     def newest(self) -> int:
@@ -140,12 +176,13 @@ class TrainerProcess:
 
         Raises: DivergedError when no generation but the foundation model exists and its update diverged.
         """
-        seen = -1
+        seen, before = -1, self.newest()
         learnt: frozenset[str] = frozenset()
         while True:
             number = self.newest()
             if number != seen:
                 seen, learnt = number, weights.label_ids(self.run.generations_dir, number)
+                self._ends = self._ends if number == before else 0
             failed = failed_labels(self.run.generations_dir)
             if len(label_ids - learnt - failed) <= allowed_lag:
                 if number == 0 and label_ids and label_ids <= failed:
@@ -157,11 +194,28 @@ class TrainerProcess:
             time.sleep(POLL_SECONDS)
 
     def _keep_alive(self) -> None:
-        if self._process is None or self._process.poll() is None:
+        if self._process is None or (self._process.poll() is None and not self._hangs()):
             return
-        if self.restarts == 0:
+        status = self._process.poll()
+        how = (
+            f"did nothing for {self.stall_timeout:g} s ([trainer] stall_timeout)"
+            if status is None
+            else f"ended with status {status}"
+        )
+        self.stop()
+        if self._ends == self.restarts:
             tail = (self.run.log_dir / "trainer.log").read_text(errors="replace")[-2000:]
-            raise EnvironmentProblem(f"the trainer process ended again and again; the end of its log:\n{tail}")
-        log.warning("the trainer process ended with status %s; starting it again", self._process.returncode)
-        self.restarts -= 1
+            raise EnvironmentProblem(f"the trainer process {how}, after {self._ends} starts in vain; the end of its log:\n{tail}")
+        log.warning("the trainer process %s; starting it again", how)
+        self._ends += 1
         self.start()
+
+    def _hangs(self) -> bool:
+        """Whether it made no step for longer than allowed; only a change of the file's time counts, for clocks may jump."""
+        try:
+            touched = pulse_file(self.run).stat().st_mtime_ns
+        except OSError:
+            touched = 0
+        if touched != self._pulse[0]:
+            self._pulse = (touched, time.monotonic())
+        return time.monotonic() - self._pulse[1] > self.stall_timeout

@@ -27,15 +27,24 @@ def test_what_would_recur_is_final(kind: type[BnnError]) -> None:
     assert Retries(pause=1.0).after(kind("text")) is None
 
 
-def test_a_dead_code_gets_one_more_chance_and_a_lost_node_four() -> None:
+def test_a_timeout_is_tried_once_more_where_there_is_patience() -> None:
+    patient, hasty = Retries(0.0, patience=2.0), Retries(0.0)
+    assert patient.after(OracleTimeout("")) == 0.0
+    assert patient.limits == 2.0
+    assert patient.after(OracleTimeout("")) is None
+    assert hasty.after(OracleTimeout("")) is None
+
+
+def test_a_dead_code_gets_two_more_chances_and_a_lost_node_four() -> None:
     crashes, losses = Retries(pause=0.0), Retries(pause=2.0)
-    assert [crashes.after(OracleCrashed("")) for _ in range(2)] == [0.0, None]
+    assert [crashes.after(OracleCrashed("")) for _ in range(3)] == [0.0, 0.0, None]
     assert [losses.after(WorkerLost("")) for _ in range(5)] == [2.0, 4.0, 8.0, 16.0, None]
 
 
 def test_losses_and_crashes_share_one_budget() -> None:
     retries = Retries(pause=1.0)
     assert retries.after(WorkerLost("")) == 1.0
+    assert retries.after(OracleCrashed("")) == 2.0
     assert retries.after(OracleCrashed("")) is None
 
 

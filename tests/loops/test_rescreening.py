@@ -11,6 +11,7 @@ from small_run import program, write_run
 
 from bnn_driver.executors import LocalExecutor
 from bnn_driver.loops.labelling import Labelling
+from bnn_driver.loops.quarantine import Quarantine
 from bnn_driver.oracle import fingerprint, load_oracle
 from bnn_driver.records import Frames
 from bnn_driver.store.dataset import LabelStore
@@ -27,7 +28,9 @@ def test_frames_that_have_not_begun_are_taken_back_and_leave_nothing_behind(tmp_
     contexts = [{"step": n, "bead": 0, "criterion": "energy", "audit": False} for n in range(4)]
     with LocalExecutor("toy", settings, 1, 60.0, tmp_path / "work", 1, spool) as executor:
         name = fingerprint(load_oracle("toy", settings))
-        labelling = Labelling(LabelStore(tmp_path / "labels"), executor, tmp_path / "pending", name, None)
+        labelling = Labelling(
+            LabelStore(tmp_path / "labels"), executor, tmp_path / "pending", name, None, Quarantine(tmp_path / "quarantine", "")
+        )
         answers = labelling.ask(frames, contexts, lambda: any((spool / "done").glob("*.json")))
         labelled = [n for n, answer in enumerate(answers) if answer is not None]
         assert labelled in ([0], [0, 1])
@@ -45,7 +48,9 @@ def test_without_new_weights_all_are_labelled(tmp_path: Path) -> None:
     contexts = [{"step": n, "bead": 0, "criterion": "energy", "audit": False} for n in range(3)]
     with LocalExecutor("toy", {}, 1, 60.0, tmp_path / "work", 1, tmp_path / "spool") as executor:
         name = fingerprint(load_oracle("toy", {}))
-        labelling = Labelling(LabelStore(tmp_path / "labels"), executor, tmp_path / "pending", name, None)
+        labelling = Labelling(
+            LabelStore(tmp_path / "labels"), executor, tmp_path / "pending", name, None, Quarantine(tmp_path / "quarantine", "")
+        )
         assert all(labelling.ask(frames, contexts, lambda: False))
 
 
