@@ -74,3 +74,13 @@ def test_asking_only_the_worst_bead_spares_labels_and_serves_each_ring_by_one_ge
     assert dropped["worst"], "some beads became certain when the worst one was learnt"
     assert all(e["probability"] <= 0.05 < e["was"] for e in dropped["worst"])
     assert spent["worst"] < spent["all"]
+
+
+@pytest.mark.ipi
+def test_the_foundation_alone_never_judges_the_rest_of_the_first_ring(tmp_path: Path) -> None:
+    """With labels allowed to be unlearnt, the second judgement of the very first ring waits for the first weights all the same."""
+    config = write_run(tmp_path, steps=3, beads=4, batch=4, ask="worst", max_lag=5)
+    done = program("run", config)
+    assert done.returncode == 0, done.stderr
+    decisions = [e for e in read_events(tmp_path / "run" / "events") if e["kind"] == "decision"]
+    assert all(e["ask"] for e in decisions if e["generation"] == 0)
