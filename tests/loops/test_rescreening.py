@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -78,9 +79,15 @@ def test_asking_only_the_worst_bead_spares_labels_and_serves_each_ring_by_one_ge
 
 @pytest.mark.ipi
 def test_the_foundation_alone_never_judges_the_rest_of_the_first_ring(tmp_path: Path) -> None:
-    """With labels allowed to be unlearnt, the second judgement of the very first ring waits for the first weights all the same."""
-    config = write_run(tmp_path, steps=3, beads=4, batch=4, ask="worst", max_lag=5)
+    """A run that begins with spread beads: with labels allowed to be unlearnt, their second judgement waits for the first weights."""
+    (before := tmp_path / "before").mkdir()
+    assert program("run", write_run(before, steps=3, beads=4, batch=4)).returncode == 0
+    (folder := tmp_path / "after").mkdir()
+    config = write_run(folder, steps=6, beads=4, batch=4, ask="worst", max_lag=5)
+    restart = (before / "run" / "ipi" / "RESTART").read_text()
+    (folder / "input.xml").write_text(re.sub(r"<total_steps>[^<]*<", "<total_steps>6<", restart))
     done = program("run", config)
     assert done.returncode == 0, done.stderr
-    decisions = [e for e in read_events(tmp_path / "run" / "events") if e["kind"] == "decision"]
+    decisions = [e for e in read_events(folder / "run" / "events") if e["kind"] == "decision"]
+    assert sum(e["generation"] == 0 for e in decisions) == 4, "one ring is judged without any weights"
     assert all(e["ask"] for e in decisions if e["generation"] == 0)
