@@ -22,17 +22,21 @@ def claim(spool: Path, name: str, attempt: str = "") -> Iterator[None]:
     """Hold the right to compute a frame.
 
     Args: attempt: shown to whoever looks, see `holder`.
-    Raises: FrameBusy, at once, while another process or thread holds it; EnvironmentProblem where there are no locks.
+    Raises: FrameBusy, at once, while another process or thread holds it; EnvironmentProblem where there are no locks, or
+        the disk refuses.
     """
     path = _path(spool, name)
-    descriptor = _lock(path)
+    facts = {"host": platform.node(), "pid": os.getpid(), "attempt": attempt}
+    with _disk(path):
+        descriptor = _lock(path)
     try:
-        facts = {"host": platform.node(), "pid": os.getpid(), "attempt": attempt}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+        with _disk(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(facts).encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is still held
+        with contextlib.suppress(OSError):  # a disk that has become read-only; closing frees the frame all the same
+            path.unlink()  # while it is still held
         os.close(descriptor)
 
 
@@ -56,6 +60,16 @@ def holder(spool: Path, name: str) -> dict[str, Any]:
 
 def _path(spool: Path, name: str) -> Path:
     return spool / "running" / f"{name}.lock"
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{path} could not be written: {error}; free space or mend the folder's permissions, then run the same command again"
+        ) from error
 
 
 def _lock(path: Path) -> int:

@@ -135,6 +135,6 @@ def test_a_waiting_driver_computes_what_the_other_one_gave_up(tmp_path: Path) ->
 def test_a_worker_with_another_code_than_the_drivers_is_refused(tmp_path: Path) -> None:
     job = Job("faulty", {}, "f" * 64, str(tmp_path / "spool"), 20.0, 1, Limits())
     child = Child(tmp_path / "work" / "here", job)
-    failure = child.label(helium(), "name", threading.Event())
+    failure = child.label(helium(), "name", threading.Event(), 20.0)
     assert isinstance(failure, OracleConfigError)
     assert "is not the oracle that the driver checked" in str(failure)
