@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,6 @@ def mark(config: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def labels(config: Path) -> int:
-    return len(list((config.parent / "run" / "labels").glob("*.extxyz")))
-
-
 def family(config: Path) -> list[psutil.Process]:
     """Everything that names the folder of a run, with all that it has started."""
     found: dict[int, psutil.Process] = {}
@@ -68,22 +64,28 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def begin(config: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command("run", config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+@contextlib.contextmanager
+def running(config: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run in the background that says what it says to the file `said`; nothing is left of it afterwards."""
+    with (config.parent / "said").open("wb") as said:
+        process = subprocess.Popen(command("run", config), stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        yield process
+    finally:
+        for item in family(config):
+            item.kill()
+        process.wait()
 
 
 def in_an_update(config: Path, other_than: str = "") -> bool:
-    """Whether a trainer of another attempt has begun, has the lock and so the first label, and will not finish for long."""
+    """Whether a trainer of another attempt has the lock and was seen alive after it could see the first label."""
     run = config.parent / "run"
-    if mark(config).get("attempt", other_than) == other_than or not labels(config):
+    labels = list((run / "labels").glob("*.extxyz"))
+    pulse, lock = run / "generations" / "trainer.alive", run / "LOCK.trainer"
+    if mark(config).get("attempt", other_than) == other_than or not labels or not lock.exists() or not pulse.exists():
         return False
-    lock = (run / "LOCK.trainer").read_text()
-    pulse = run / "generations" / "trainer.alive"
-    mine = bool(lock) and json.loads(lock)["pid"] == mark(config)["pid"]
-    return mine and pulse.exists() and pulse.stat().st_mtime > (run / "trainer.began").stat().st_mtime
+    since = max(file.stat().st_mtime for file in (run / "trainer.began", *labels))
+    return f'"pid": {mark(config)["pid"]}' in lock.read_text() and pulse.stat().st_mtime > since
 
 
 def test_weights_and_trajectory_are_those_of_a_local_trainer_to_the_last_bit(tmp_path: Path) -> None:
@@ -105,54 +107,50 @@ def test_weights_and_trajectory_are_those_of_a_local_trainer_to_the_last_bit(tmp
 
 
 def test_a_run_goes_on_whoever_is_killed_in_the_middle_of_an_update(tmp_path: Path) -> None:
-    config = configured(tmp_path, 2, updates=4000)
-    process = begin(config)
-    try:
+    config = configured(tmp_path, 1, updates=2000)
+    generations = tmp_path / "run" / "generations"
+    with running(config) as process:
         seen = ""
         for key in ("pid", "worker"):
             assert eventually(lambda seen=seen: in_an_update(config, seen)), key
             seen, trainer = mark(config)["attempt"], psutil.Process(mark(config)["pid"])
             psutil.Process(mark(config)[key]).kill()
             assert eventually(lambda trainer=trainer: not alive(trainer), 5), "a trainer without a worker goes on"
-        assert weights.latest(config.parent / "run" / "generations") == 0, "both were in the middle of the first update"
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-        assert weights.latest(config.parent / "run" / "generations") >= 1
-    finally:
-        for item in family(config):
-            item.kill()
-        process.communicate()
+        assert weights.latest(generations) == 0, "both were in the middle of the first update"
+        assert process.wait(timeout=300) == 0, (tmp_path / "said").read_text()
+        assert weights.latest(generations) >= 1
 
 
 def test_a_killed_driver_leaves_nothing_after_the_heartbeat(tmp_path: Path) -> None:
     config = configured(tmp_path, 50, updates=100000)
-    process = begin(config)
-    try:
+    with running(config) as process:
         assert eventually(lambda: in_an_update(config))
         members = family(config)
         assert mark(config)["pid"] in [p.pid for p in members]
         process.kill()
-        process.communicate()
+        process.wait()
         assert eventually(lambda: not any(alive(p) for p in members), 5 * HEARTBEAT), [p for p in members if alive(p)]
         assert not family(config)
-    finally:
-        for item in family(config):
-            item.kill()
-        process.communicate()
 
 
 def test_sigterm_ends_the_trainer_with_its_accelerator(tmp_path: Path) -> None:
     config = configured(tmp_path, 50, ON_PARSL + 'accelerators = ["3", "5"]\n', updates=100000)
-    process = begin(config)
-    try:
+    with running(config) as process:
         assert eventually(lambda: in_an_update(config))
         assert psutil.Process(mark(config)["pid"]).environ()["CUDA_VISIBLE_DEVICES"] in ("3", "5")
         members = family(config)
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 75, said
+        process.terminate()
+        assert process.wait(timeout=120) == 75, (tmp_path / "said").read_text()
         assert eventually(lambda: not any(alive(p) for p in members), 5), [p for p in members if alive(p)]
-    finally:
-        for item in family(config):
-            item.kill()
-        process.communicate()
+
+
+def test_walkers_share_one_worker_and_the_next_takes_over(tmp_path: Path) -> None:
+    (tmp_path / "walkers").mkdir()
+    config = write_run(tmp_path / "walkers", steps=8, walkers=2)
+    config.write_text(config.read_text().replace("[trainer]\n", ON_PARSL))
+    done = program("run", config)
+    assert done.returncode == 0, done.stderr
+    logs = [config.parent / "run" / "walkers" / name / "log" / "trainer.log" for name in ("w0", "w1")]
+    starts = [log.read_text().count("is a task of Parsl") if log.exists() else 0 for log in logs]
+    assert max(starts) == 1
+    assert eventually(lambda: not family(config), 2 * HEARTBEAT), family(config)
