@@ -194,6 +194,8 @@ class Driver:
             if all(b in labelled for b in asked):
                 self._queue_audits(frames, prediction, decisions)
                 return prediction, decisions, labelled
+            if self.ensemble.generation == 0:  # members without a spread judge nothing
+                self._wait_for_chains(0)
             self._swap(self.chains.newest())
 
     def _known(
