@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bnn_driver.errors import ConfigError
-from bnn_driver.executor_config import ExecutorSettings
+from bnn_driver.executor_config import ExecutorSettings, TrainerSettings
 from bnn_driver.recipes import DEFAULT, Recipe, filled
 from bnn_driver.sections import Energy, Force, Fraction, Length, Seconds, Section, Stress
 
@@ -200,18 +200,6 @@ class Sanity(Section):
 
     min_distance: Length = "0.5 A"  # type: ignore[assignment]
     max_force: Force = "100 eV/A"  # type: ignore[assignment]
-
-
-class TrainerSettings(Section):
-    """The process that moves the chains."""
-
-    max_lag: int = Field(default=0, ge=0)
-    """Labels that may be known but not yet learnt while frames are served; 0 waits for the chains (published)."""
-    device: str = "cpu"
-    threads: int = Field(default=1, ge=1)
-    update_retries: int = Field(default=1, ge=0)
-    stall_timeout: Seconds = "30 min"  # type: ignore[assignment]
-    """Without a single step of the chains for so long the trainer is taken for hung and started again."""
 
 
 class OracleSettings(Section):

@@ -1,8 +1,8 @@
-"""The table [executor]: where labels are computed."""
+"""The table [executor]: where labels are computed; and what it shares with [trainer]."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,9 @@ from bnn_driver.sections import Seconds, Section
 
 SHORTEST_USE = 30.0
 """Seconds for which a job must at least take labels, or it would end before its workers have started."""
+
+SHORTEST_TRAINER_JOB = 300.0
+"""Seconds of a job that the trainer runs in."""
 
 
 def drain_period(walltime: float, timeout: float) -> float:
@@ -75,28 +78,37 @@ class Mpi(Section):
     """What $PARSL_MPI_PREFIX stands for in the short form; in a file of your own its MPIExecutor says it."""
 
 
-class ExecutorSettings(Section):
-    """Processes on this machine, or Parsl: your own file, jobs of Slurm, or, with neither, one worker pool on this machine."""
+class ParslSettings(Section):
+    """Where Parsl's workers are: by your own file, in jobs of Slurm, or, with neither, on this machine."""
 
-    kind: Literal["local", "parsl"] = "local"
     config: str = ""
     """A Python file that defines `config`, a parsl.config.Config; it is executed.  Relative to the config file."""
     slurm: Slurm | None = None
-    mpi: Mpi | None = None
     jobs_per_hour: int = Field(default=30, ge=1)
-    """Jobs submitted within any hour; beyond it labels wait."""
+    """Jobs submitted within any hour; beyond it labels, or the trainer, wait."""
     heartbeat: Seconds = Field(default="1 min", ge=4)  # type: ignore[assignment]
     """A worker, node or driver of which nothing is heard for so long counts as lost."""
     idle: Seconds = "10 min"  # type: ignore[assignment]
     """Jobs without work are given back after this."""
 
     @model_validator(mode="after")
-    def _one_form(self) -> ExecutorSettings:
+    def _one_form(self) -> Self:
+        if self.config and self.slurm is not None:
+            raise ValueError("give config, your own Parsl file, or the table slurm, and not both")
+        return self
+
+
+class ExecutorSettings(ParslSettings):
+    """Processes on this machine, or Parsl: your own file, jobs of Slurm, or, with neither, one worker pool on this machine."""
+
+    kind: Literal["local", "parsl"] = "local"
+    mpi: Mpi | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> ExecutorSettings:
         given = self.model_fields_set - {"kind"}
         if self.kind == "local" and given:
             raise ValueError(f'kind = "local" knows no {", ".join(sorted(given))}; set kind = "parsl"')
-        if self.config and self.slurm is not None:
-            raise ValueError("give config, your own Parsl file, or the table slurm, and not both")
         if self.mpi is not None and not self.config and self.slurm is None:
             raise ValueError("the table mpi needs nodes to run on: give the table slurm, or config")
         if self.mpi is not None and self.slurm is not None:
@@ -115,6 +127,46 @@ class ExecutorSettings(Section):
             raise ConfigError(
                 f"[oracle] workers counts processes of one machine, but here {where} says how many there are; remove it"
             )
+
+
+class TrainerSettings(ParslSettings):
+    """The process that moves the chains: a child of the driver, or a task of Parsl that lasts as long as its job."""
+
+    max_lag: int = Field(default=0, ge=0)
+    """Labels that may be known but not yet learnt while frames are served; 0 waits for the chains (published)."""
+    device: str = "cpu"
+    threads: int = Field(default=1, ge=1)
+    update_retries: int = Field(default=1, ge=0)
+    stall_timeout: Seconds = "30 min"  # type: ignore[assignment]
+    """Without a single step of the chains for so long the trainer is taken for hung and started again."""
+    executor: Literal["local", "parsl"] = "local"
+    accelerators: tuple[str, ...] = ()
+    """Names of those of this machine, as CUDA_VISIBLE_DEVICES takes them; the trainer sees one of them.  For jobs slurm.gpus_per_node says
+    how many there are, for a file of your own its available_accelerators."""
+
+    @model_validator(mode="after")
+    def _fits_its_executor(self) -> TrainerSettings:
+        given = self.model_fields_set & {*ParslSettings.model_fields, "accelerators"}
+        if self.executor == "local" and given:
+            raise ValueError(f'executor = "local" knows no {", ".join(sorted(given))}; set executor = "parsl"')
+        if self.accelerators and (self.slurm is not None or self.config):
+            instead = "slurm.gpus_per_node" if self.slurm else f"available_accelerators in {self.config}"
+            raise ValueError(f"accelerators are those of a worker on this machine; here {instead} says which there are")
+        if self.slurm is not None:
+            _holds_one_trainer(self.slurm, self.device)
+        return self
+
+
+def _holds_one_trainer(slurm: Slurm, device: str) -> None:
+    if many := [key for key in ("nodes_per_block", "max_blocks", "workers_per_node") if getattr(slurm, key) > 1]:
+        raise ValueError(f"the trainer is one process on one node: remove {', '.join(many)} from slurm")
+    if slurm.walltime < SHORTEST_TRAINER_JOB:
+        raise ValueError(
+            f"slurm.walltime is {slurm.walltime:g} s, but an update that its job does not finish is begun again by the next one; "
+            f"give at least {SHORTEST_TRAINER_JOB:g} s"
+        )
+    if device.startswith("cuda") and not slurm.gpus_per_node:
+        raise ValueError(f'device = "{device}", but jobs without slurm.gpus_per_node see no GPU; set it to 1')
 
 
 def _fits(mpi: Mpi, slurm: Slurm) -> None:

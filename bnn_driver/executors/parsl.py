@@ -1,4 +1,4 @@
-"""Labels on whatever Parsl reaches: worker pools on this machine, jobs of a cluster, MPI runs over several nodes.
+"""Labels, and the trainer, on whatever Parsl reaches: worker pools on this machine, jobs of a cluster, MPI runs over several nodes.
 
 The only file that knows Parsl.  Of Parsl we take its blocks (jobs), their number, and the way of a task to a worker.  Retries with
 pauses, time limits and results on disk are ours: Parsl repeats at once, and its time limits cannot stop compiled code.
@@ -14,7 +14,7 @@ import runpy
 import shlex
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -48,28 +48,32 @@ TETHER = Path(__file__).with_name("tether.py")
 
 @dataclass(frozen=True)
 class Layout:
-    """A Parsl configuration, and how labels use it."""
+    """A Parsl configuration, and how labels, or the trainer, use it."""
 
     config: Config
     executor: HighThroughputExecutor
-    """The one that labels go to."""
+    """The one that tasks go to."""
     places: int
-    """Labels at a time when all jobs run."""
+    """Tasks at a time when all jobs run."""
     mpi: Mpi | None = None
 
 
-def on_this_machine(workers: int, folder: Path, heartbeat: float, accelerators: int = 0) -> Layout:
+def on_this_machine(
+    workers: int, folder: Path, heartbeat: float, accelerators: int | Sequence[str] = 0, label: str = "labels"
+) -> Layout:
     """One pool of workers beside the driver.
 
     Args: folder: for Parsl's own files.   heartbeat: s after which a silent part counts as lost.
-        accelerators: each worker sees one of them; 0: workers are not pinned.
+        accelerators: their number or names; each worker sees one of them; none: workers are not pinned.   label: of Parsl's executor.
     """
     provider = LocalProvider(init_blocks=1, min_blocks=1, max_blocks=1)
-    executor = _htex(provider, workers, accelerators, heartbeat, None, address="127.0.0.1")
+    executor = _htex(label, provider, workers, accelerators, heartbeat, None, address="127.0.0.1")
     return Layout(_config(executor, folder, idle=1e9), executor, workers)
 
 
-def on_slurm(slurm: Slurm, mpi: Mpi | None, timeout: float, folder: Path, heartbeat: float, idle: float) -> Layout:
+def on_slurm(
+    slurm: Slurm, mpi: Mpi | None, timeout: float, folder: Path, heartbeat: float, idle: float, label: str = "labels"
+) -> Layout:
     """Jobs of Slurm.  Args: timeout: s, of a label.   idle: s after which jobs without work end.   Otherwise as `on_this_machine`."""
     minutes = int(slurm.walltime // 60)
     drain = drain_period(60.0 * minutes, timeout)
@@ -94,11 +98,11 @@ def on_slurm(slurm: Slurm, mpi: Mpi | None, timeout: float, folder: Path, heartb
         launcher=SimpleLauncher() if mpi is not None or slurm.nodes_per_block == 1 else wide,
     )
     if mpi is None:
-        executor = _htex(provider, slurm.workers_per_node, slurm.gpus_per_node, heartbeat, drain)
+        executor = _htex(label, provider, slurm.workers_per_node, slurm.gpus_per_node, heartbeat, drain)
         places = slurm.max_blocks * slurm.nodes_per_block * slurm.workers_per_node
     else:
         executor = MPIExecutor(
-            label="labels",
+            label=label,
             provider=provider,
             launch_cmd=_pool_command(),
             max_workers_per_block=slurm.nodes_per_block // mpi.nodes,
@@ -144,7 +148,7 @@ def _complete(path: Path, config: Config, executor: HighThroughputExecutor, time
     walltime = _seconds(getattr(executor.provider, "walltime", None))
     if walltime is not None and executor.drain_period is None:
         executor.drain_period = int(drain_period(walltime, timeout))
-        log.info("%s: drain_period is not given; labels are started in the first %d s of a job", path, executor.drain_period)
+        log.info("%s: drain_period is not given; tasks are started in the first %d s of a job", path, executor.drain_period)
     if executor.block_error_handler is simple_error_handler:
         executor.block_error_handler = partial(windowed_error_handler, threshold=FAILED_BLOCKS)
         log.info("%s: the default block_error_handler ends an executor that loses its only job; the windowed one is used", path)
@@ -170,15 +174,16 @@ def _places(executor: HighThroughputExecutor, mpi: Mpi | None) -> int:
 
 
 def _htex(
+    label: str,
     provider: Any,
     workers: int,
-    accelerators: int,
+    accelerators: int | Sequence[str],
     heartbeat: float,
     drain: float | None,
     address: str | None = None,
 ) -> HighThroughputExecutor:
     return HighThroughputExecutor(
-        label="labels",
+        label=label,
         provider=provider,
         launch_cmd=_pool_command(),
         address=address,
@@ -220,12 +225,12 @@ def _config(executor: HighThroughputExecutor, folder: Path, idle: float) -> Conf
 class Deployment:
     """A running Parsl.  It ends with this process, however that ends: workers follow within the heartbeat."""
 
-    def __init__(self, layout: Layout, jobs_per_hour: int, heartbeat: float) -> None:
+    def __init__(self, layout: Layout, jobs_per_hour: int, heartbeat: float, task: Callable[[str], str] = label_task) -> None:
         """Start; jobs are submitted from now on.
 
-        Args: heartbeat: s for which the interchange may be silent.   Raises: EnvironmentProblem.
+        Args: heartbeat: s for which the interchange may be silent.   task: what workers run.   Raises: EnvironmentProblem.
         """
-        self._layout, self._config, self._heartbeat = layout, layout.config, heartbeat
+        self._layout, self._config, self._heartbeat, self._task = layout, layout.config, heartbeat, task
         self._cap = HourlyCap(jobs_per_hour)
         self._executors = [e for e in self._config.executors if isinstance(e, HighThroughputExecutor)]
         self._failure: Exception | None = None
@@ -244,20 +249,25 @@ class Deployment:
         atexit.register(self.close)
 
     def submit(self, text: str, priority: int) -> Future[str]:
-        """Have a worker run `label_task`.  Raises: EnvironmentProblem."""
+        """Have a worker run the task.  Raises: EnvironmentProblem."""
         mpi = self._layout.mpi
         specification = {"priority": priority} if mpi is None else _size(mpi)
         with self._lock:  # Parsl counts tasks and uses its socket without one
             if problem := self.problem():
                 raise EnvironmentProblem(problem)
             try:
-                future: Future[str] = self._layout.executor.submit(label_task, specification, text)
+                future: Future[str] = self._layout.executor.submit(self._task, specification, text)
             except Exception as error:  # the border to Parsl, which raises whatever ended it
                 raise EnvironmentProblem(f"Parsl takes no more tasks: {error}") from error
         return future
 
+    @property
+    def lifetime(self) -> float | None:
+        """s for which a pool of workers takes tasks; None: for ever."""
+        return self._layout.executor.drain_period
+
     def problem(self) -> str:
-        """Why no label will ever be finished any more; empty while all is well."""
+        """Why no task will ever be finished any more; empty while all is well."""
         return self._problem(self._layout.executor)
 
     def meaning(self, error: Exception) -> BnnError:
@@ -268,7 +278,7 @@ class Deployment:
             return EnvironmentProblem(self.problem() or str(error))
         if isinstance(error, (ImportError, AttributeError)):
             return EnvironmentProblem(
-                f"a worker cannot run the task: {type(error).__name__}: {error}; give it the driver's environment ([executor.slurm] worker_init)"
+                f"a worker cannot run the task: {type(error).__name__}: {error}; give it the driver's environment (worker_init)"
             )
         if isinstance(error, OSError):
             return WorkerLost(f"{type(error).__name__} on a worker: {error}")
@@ -326,7 +336,7 @@ class Deployment:
             granted = self._cap.take(wanted)
             if granted < wanted:
                 log.warning(
-                    "%d more jobs are wanted, but %d were submitted within the hour ([executor] jobs_per_hour); the next one in %.0f s",
+                    "%d more jobs are wanted, but %d were submitted within the hour (jobs_per_hour); the next one in %.0f s",
                     wanted - granted, self._cap.limit, self._cap.next_in(),
                 )  # fmt: skip
             return list(scale_out(granted)) if granted else []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bnn_driver.config import Config, read_config
 from bnn_driver.errors import ConfigError, ModelError
+from bnn_driver.executor_config import TrainerSettings
 from bnn_driver.ipi.simulation import IpiInput
 from bnn_driver.loops.assembly import (
     Model,
@@ -81,9 +82,12 @@ def check_session(config_file: Path, say: Say, *, label: bool = False, walker: s
     if label:
         item = label_trial(config, options, base, oracle, frames, ensemble.predict(frames), run_folder, say)
         label_seconds = item.label.seconds
-        if config.trainer.device != config.potential.device:
-            model = load_model(config, base, frames.numbers, config.trainer.device)
-        update_seconds = update_seconds or _update_seconds(config, model, item)
+        device = config.trainer.device
+        if config.trainer.executor == "parsl" and device != config.potential.device:
+            say("trainer", f"an update was not timed: {device} is that of its job")
+        else:
+            model = model if device == config.potential.device else load_model(config, base, frames.numbers, device)
+            update_seconds = update_seconds or _update_seconds(config, model, item)
     _say_cost(config, ipi_input, state, step_seconds, label_seconds, update_seconds, say)
     for name, (_, found) in systems.items():
         _say_plan(found, states[name], partial(_of_walker, say, name))
@@ -186,6 +190,8 @@ def _say_oracle(config: Config, oracle: Oracle, say: Say) -> None:
     budget = "any number of labels" if o.max_labels is None else f"at most {o.max_labels} labels"
     where = f"this machine, {o.workers} workers of {o.threads} threads" if config.executor.kind == "local" else _on_parsl(config)
     say("executor", f"{where}, {duration(o.timeout)} per label, {budget}")
+    if config.trainer.executor == "parsl":
+        say("trainer", _trainer_on_parsl(config.trainer))
 
 
 def _on_parsl(config: Config) -> str:
@@ -193,6 +199,18 @@ def _on_parsl(config: Config) -> str:
     if e.slurm is not None:
         return f"Parsl on Slurm, at most {e.slurm.max_blocks} jobs of {e.slurm.nodes_per_block} nodes and {duration(e.slurm.walltime)}"
     return f"Parsl as {e.config} has it" if e.config else f"Parsl on this machine, {config.oracle.workers} workers"
+
+
+def _trainer_on_parsl(t: TrainerSettings) -> str:
+    if t.slurm is not None:
+        gpus = f", {t.slurm.gpus_per_node} GPUs" if t.slurm.gpus_per_node else ""
+        return f"Parsl on Slurm, one job at a time of {duration(t.slurm.walltime)}{gpus}, device {t.device}"
+    where = (
+        f"Parsl as {t.config} has it"
+        if t.config
+        else f"Parsl on this machine, accelerators {', '.join(t.accelerators) or 'not pinned'}"
+    )
+    return f"{where}, device {t.device}"
 
 
 def _seconds_per_step(ensemble: Ensemble, frames: Frames, found: IpiInput | None) -> float:

@@ -37,7 +37,7 @@ from bnn_driver.loops.assembly import (
 )
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
-from bnn_driver.loops.execution import make_executor
+from bnn_driver.loops.execution import make_executor, make_trainer_place
 from bnn_driver.loops.findings import input_findings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
@@ -234,9 +234,9 @@ def _open(
         foundation = foundation_generation(model, config.ensemble.members)
         if weights.settle(run.generations_dir) is None:
             weights.publish(run.generations_dir, foundation)
-        trainer = TrainerProcess(run, config.trainer.threads, config.trainer.stall_timeout)
-        trainer.begin()
+        trainer = TrainerProcess(run, make_trainer_place(config, base, run), config.trainer.stall_timeout)
         stack.callback(trainer.stop)
+        trainer.begin()
         labelling = _labelling(config, options, base, run, oracle, stack)
         progress = Progress(ipi_input.total_steps if ipi_input else None, done)
         driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress, run.walker)

@@ -11,10 +11,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from bnn_driver.errors import DivergedError, EnvironmentProblem
 from bnn_driver.loops.chain_update import Learner, update
 from bnn_driver.loops.distance import Distances
+from bnn_driver.loops.trainer_task import THREADS
 from bnn_driver.records import Generation, LabelledFrame
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
@@ -116,6 +118,62 @@ def failed_labels(folder: Path) -> set[str]:
     return set(json.loads(file.read_text())) if file.exists() else set()
 
 
+class Place(Protocol):
+    """Where the trainer runs, and what is known of it there."""
+
+    def start(self) -> None:
+        """Start the trainer; one that still runs is ended.  Raises: EnvironmentProblem."""
+
+    def ended(self) -> str:
+        """How it ended, for a message; empty while it runs, or will.  Raises: EnvironmentProblem when it never will."""
+
+    def waits(self) -> bool:
+        """Whether it has yet to begin, which may take a batch system any time."""
+
+    def stop(self) -> None:
+        """End it, with whatever was started for it."""
+
+
+@dataclass
+class Here:
+    """A child of the driver; a `Place`."""
+
+    run: RunDirectory
+    threads: int
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Start the process; its output goes to log/trainer.log."""
+        self.stop()
+        environment = os.environ | dict.fromkeys(THREADS, str(self.threads))
+        with (self.run.log_dir / "trainer.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bnn_driver.loops.trainer_main", str(self.run.path)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=environment,
+            )
+
+    def ended(self) -> str:
+        """As `Place`."""
+        status = None if self._process is None else self._process.poll()
+        return "" if status is None else f"ended with status {status}"
+
+    def waits(self) -> bool:
+        """As `Place`."""
+        return False
+
+    def stop(self) -> None:
+        """As `Place`."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            self._process = None
+
+
 @dataclass
 class TrainerProcess:
     """The driver's view of the trainer: starts it, restarts it when it died, and waits for its generations.
@@ -124,13 +182,15 @@ class TrainerProcess:
     """
 
     run: RunDirectory
-    threads: int
+    place: Place
     stall_timeout: float
     """s without a step of the chains after which it is taken for hung, killed and started again."""
     restarts: int = 3
     """How often in a row, without a generation in between, it may end or hang."""
-    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _started: bool = field(default=False, init=False)
     _ends: int = field(default=0, init=False)
+    _ended_at: int = field(default=-1, init=False)
+    """The newest generation when it ended last."""
     _pulse: tuple[int, float] = field(default=(0, 0.0), init=False)
     """When the file was touched last, by the clock of the file system, and when that was seen, by a clock that never jumps."""
 
@@ -140,28 +200,14 @@ class TrainerProcess:
         self.start()
 
     def start(self) -> None:
-        """Start the process; its output goes to log/trainer.log."""
-        environment = os.environ | {
-            name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        }
-        with (self.run.log_dir / "trainer.log").open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "bnn_driver.loops.trainer_main", str(self.run.path)],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env=environment,
-            )
-        self._pulse = (0, time.monotonic())
+        """Start the process, for the first time or again."""
+        self.place.start()
+        self._started, self._pulse = True, (0, time.monotonic())
 
     def stop(self) -> None:
         """End the process; an update under way is repeated at the next start."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-            self._process = None
+        self._started = False
+        self.place.stop()
 
     def newest(self) -> int:
         """Number of the newest published generation."""
@@ -176,13 +222,12 @@ class TrainerProcess:
 
         Raises: DivergedError when no generation but the foundation model exists and its update diverged.
         """
-        seen, before = -1, self.newest()
+        seen = -1
         learnt: frozenset[str] = frozenset()
         while True:
             number = self.newest()
             if number != seen:
                 seen, learnt = number, weights.label_ids(self.run.generations_dir, number)
-                self._ends = self._ends if number == before else 0
             failed = failed_labels(self.run.generations_dir)
             if len(label_ids - learnt - failed) <= allowed_lag:
                 if number == 0 and label_ids and label_ids <= failed:
@@ -194,24 +239,32 @@ class TrainerProcess:
             time.sleep(POLL_SECONDS)
 
     def _keep_alive(self) -> None:
-        if self._process is None or (self._process.poll() is None and not self._hangs()):
+        if not self._started:
             return
-        status = self._process.poll()
-        how = (
-            f"did nothing for {self.stall_timeout:g} s ([trainer] stall_timeout)"
-            if status is None
-            else f"ended with status {status}"
-        )
-        self.stop()
+        how = self.place.ended()
+        if not how and not self._hangs():
+            return
+        how = how or f"did nothing for {self.stall_timeout:g} s ([trainer] stall_timeout)"
+        number = self.newest()
+        self._ends, self._ended_at = self._ends if number == self._ended_at else 0, number
         if self._ends == self.restarts:
-            tail = (self.run.log_dir / "trainer.log").read_text(errors="replace")[-2000:]
-            raise EnvironmentProblem(f"the trainer process {how}, after {self._ends} starts in vain; the end of its log:\n{tail}")
+            self.stop()
+            raise EnvironmentProblem(
+                f"the trainer process {how}, after {self._ends} starts in vain; the end of its log:\n{self._log_tail()}"
+            )
         log.warning("the trainer process %s; starting it again", how)
         self._ends += 1
         self.start()
 
+    def _log_tail(self) -> str:
+        file = self.run.log_dir / "trainer.log"
+        return file.read_text(errors="replace")[-2000:] if file.exists() else "(there is none: another walker's driver starts it)"
+
     def _hangs(self) -> bool:
         """Whether it made no step for longer than allowed; only a change of the file's time counts, for clocks may jump."""
+        if self.place.waits():
+            self._pulse = (self._pulse[0], time.monotonic())
+            return False
         try:
             touched = pulse_file(self.run).stat().st_mtime_ns
         except OSError:

@@ -80,3 +80,44 @@ def test_workers_are_counted_in_one_place(tmp_path: Path, form: str) -> None:
     with pytest.raises(ConfigError, match=r"\[oracle\] workers counts processes of one machine.*remove it") as caught:
         read_config(path)
     assert "got {" not in str(caught.value)
+
+
+CHAINS = """
+[trainer]
+executor = "parsl"
+device = "cuda"
+[trainer.slurm]
+walltime = "8 h"
+gpus_per_node = 1
+"""
+
+
+def test_chains_move_here_unless_something_else_is_said(tmp_path: Path) -> None:
+    trainer = read_config(written(tmp_path, "")).trainer
+    assert (trainer.executor, trainer.slurm, trainer.accelerators) == ("local", None, ())
+    trainer = read_config(written(tmp_path, CHAINS)).trainer
+    assert trainer.slurm is not None
+    assert (trainer.slurm.walltime, trainer.slurm.gpus_per_node, trainer.heartbeat) == (28800.0, 1, 60.0)
+    here = read_config(written(tmp_path, '[trainer]\nexecutor = "parsl"\naccelerators = ["1", "GPU-5fa2"]\n')).trainer
+    assert here.accelerators == ("1", "GPU-5fa2")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[trainer]\nexecutor = "dask"\n', "trainer.executor: Input should be 'local' or 'parsl'"),
+        (CHAINS.replace('executor = "parsl"', ""), 'executor = "local" knows no slurm; set executor = "parsl"'),
+        ('[trainer]\naccelerators = ["0"]\n', 'knows no accelerators; set executor = "parsl"'),
+        (CHAINS.replace("[trainer.slurm]", 'config = "parsl.py"\n[trainer.slurm]'), "and not both"),
+        (CHAINS.replace("[trainer.slurm]", 'accelerators = ["0"]\n[trainer.slurm]'), "here slurm.gpus_per_node says which"),
+        ('[trainer]\nexecutor = "parsl"\nconfig = "p.py"\naccelerators = ["0"]\n', "available_accelerators in p.py says"),
+        (CHAINS + "max_blocks = 2\n", "one process on one node: remove max_blocks from slurm"),
+        (CHAINS.replace('"8 h"', '"2 min"'), "give at least 300 s"),
+        (CHAINS.replace("gpus_per_node = 1", ""), 'device = "cuda", but jobs without slurm.gpus_per_node see no GPU'),
+        (CHAINS.replace("walltime", "waltime"), "did you mean 'walltime'"),
+    ],
+)
+def test_a_trainer_that_cannot_work_is_refused_with_the_way_out(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(written(tmp_path, text))
+    assert says in str(caught.value)

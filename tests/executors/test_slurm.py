@@ -11,11 +11,14 @@ import pytest
 from third_party import MPI, SLOW, calls, helium, install
 
 pytest.importorskip("parsl")
-from deployments import deploy, eventually
+from deployments import deploy, ended, eventually
 
 from bnn_driver.executor_config import Mpi, Slurm
-from bnn_driver.executors.parsl import Layout, on_slurm
+from bnn_driver.executors.parsl import Deployment, Layout, on_slurm
 from bnn_driver.executors.remote import RemoteExecutor
+from bnn_driver.loops.remote_trainer import MARK, OnParsl
+from bnn_driver.loops.trainer_task import run_trainer
+from bnn_driver.store.run import RunDirectory, read_json
 
 
 def answers() -> bool:
@@ -33,7 +36,7 @@ pytestmark = [
 
 def jobs() -> set[str]:
     listed = subprocess.run(["squeue", "--noheader", "--format=%i %j"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listed.splitlines() if "parsl.labels" in line}
+    return {line.split()[0] for line in listed.splitlines() if "parsl." in line}
 
 
 def layout(tmp_path: Path, timeout: float, mpi: Mpi | None = None, **options: object) -> Layout:
@@ -91,3 +94,33 @@ def test_a_label_on_several_ranks_starts_them_with_parsls_prefix(start, tmp_path
     prefix, ranks = evidence.split(";")
     assert prefix.startswith("srun --ntasks 2 --ntasks-per-node 2")
     assert sorted(ranks.split()) == ["0", "1"]
+
+
+def test_the_trainer_runs_in_a_job_and_is_submitted_again_when_that_is_cancelled(tmp_path: Path) -> None:
+    before = jobs()
+
+    def deploy() -> Deployment:
+        slurm = Slurm.model_validate({"walltime": "30 min"})
+        return Deployment(on_slurm(slurm, None, 30.0, tmp_path / "parsl", 8.0, 60.0, "chains"), 30, 8.0, run_trainer)
+
+    def begun() -> bool:
+        assert place.ended() == ""
+        return not place.waits()
+
+    place = OnParsl(RunDirectory(tmp_path / "run"), 1, deploy)
+    with place.run.lock("trainer"):  # it stands by in its job
+        try:
+            place.start()
+            assert eventually(begun)
+            first, mark = jobs() - before, read_json(tmp_path / "run" / MARK)
+            assert len(first) == 1
+            subprocess.run(["scancel", *first], check=True)
+            assert eventually(lambda: ended(mark["pid"]), 30)
+            assert eventually(lambda: place.ended().startswith("was lost: "), 60)
+            place.start()
+            assert eventually(begun, 180)
+            assert (jobs() - before).isdisjoint(first)
+            assert read_json(tmp_path / "run" / MARK)["attempt"] != mark["attempt"]
+        finally:
+            place.stop()
+    assert eventually(lambda: not jobs() - before)

@@ -9,22 +9,23 @@ from typing import Any
 import pytest
 from small_run import program, write_run
 
-from bnn_driver.config import read_config
+from bnn_driver.config import Config, read_config
 from bnn_driver.errors import ConfigError, EnvironmentProblem
 from bnn_driver.executors import LocalExecutor
-from bnn_driver.loops.execution import make_executor
+from bnn_driver.loops.execution import make_executor, make_trainer_place
 from bnn_driver.store.dataset import LabelStore
+from bnn_driver.store.run import RunDirectory
 
 
 def configured(tmp_path: Path, text: str) -> Path:
     config = write_run(tmp_path, steps=10)
-    config.write_text(config.read_text() + text)
+    config.write_text(config.read_text().replace("workers = 1\n", "") + text)  # Parsl's jobs say how many there are
     return config
 
 
 def test_processes_of_this_machine_are_the_default(tmp_path: Path) -> None:
     config = read_config(configured(tmp_path, ""))
-    with make_executor(config, {}, tmp_path, tmp_path / "oracle") as executor:
+    with make_executor(config, {}, tmp_path, tmp_path / "oracle", tmp_path / "spool") as executor:
         assert isinstance(executor, LocalExecutor)
         assert executor.workers == 1
 
@@ -40,14 +41,14 @@ def test_without_parsl_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(builtins, "__import__", without)
     config = read_config(configured(tmp_path, '[executor]\nkind = "parsl"\n'))
     with pytest.raises(EnvironmentProblem, match=r"pip install 'bnn-driver\[parsl\]'"):
-        make_executor(config, {}, tmp_path, tmp_path / "oracle")
+        make_executor(config, {}, tmp_path, tmp_path / "oracle", tmp_path / "spool")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     pytest.importorskip("parsl")
     config = read_config(configured(tmp_path, '[executor]\nkind = "parsl"\nconfig = "absent.py"\n'))
     with pytest.raises(ConfigError, match=r"there is no file .*absent\.py"):
-        make_executor(config, {}, tmp_path, tmp_path / "oracle")
+        make_executor(config, {}, tmp_path, tmp_path / "oracle", tmp_path / "spool")
 
 
 def test_slurm_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,27 @@ def test_slurm_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", str(tmp_path))
     config = read_config(configured(tmp_path, '[executor]\nkind = "parsl"\n[executor.slurm]\nwalltime = "1 h"\n'))
     with pytest.raises(EnvironmentProblem, match="sbatch is no program here"):
-        make_executor(config, {}, tmp_path, tmp_path / "oracle")
+        make_executor(config, {}, tmp_path, tmp_path / "oracle", tmp_path / "spool")
+
+
+def chains(tmp_path: Path, text: str) -> Config:
+    config = write_run(tmp_path, steps=10)
+    config.write_text(config.read_text().replace("[trainer]", f'[trainer]\nexecutor = "parsl"\n{text}'))
+    return read_config(config)
+
+
+def test_a_file_for_the_trainer_that_is_not_there_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("parsl")
+    with pytest.raises(ConfigError, match=r"\[trainer\] config: there is no file .*absent\.py"):
+        make_trainer_place(chains(tmp_path, 'config = "absent.py"'), tmp_path, RunDirectory(tmp_path / "run"))
+
+
+def test_slurm_for_the_trainer_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("parsl")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = chains(tmp_path, 'slurm = { walltime = "1 h" }')
+    with pytest.raises(EnvironmentProblem, match=r"\[trainer\.slurm\] sbatch is no program here"):
+        make_trainer_place(config, tmp_path, RunDirectory(tmp_path / "run"))
 
 
 @pytest.mark.slow

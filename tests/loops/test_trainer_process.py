@@ -11,7 +11,7 @@ import pytest
 
 from bnn_driver.errors import EnvironmentProblem
 from bnn_driver.loops import trainer
-from bnn_driver.loops.trainer import Pulse, TrainerProcess, pulse_file
+from bnn_driver.loops.trainer import Here, Pulse, TrainerProcess, pulse_file
 from bnn_driver.records import Generation
 from bnn_driver.store import weights
 from bnn_driver.store.run import RunDirectory
@@ -45,7 +45,8 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_trainer_that_does_nothing_is_started_again_a_few_times(tmp_path: Path, no_process: list[str]) -> None:
-    process = TrainerProcess(RunDirectory(tmp_path), 1, stall_timeout=0.2, restarts=2)
+    run = RunDirectory(tmp_path)
+    process = TrainerProcess(run, Here(run, 1), stall_timeout=0.2, restarts=2)
     weights.publish(process.run.generations_dir, Generation(0, {"w": np.zeros((2, 1))}, ()))
     process.begin()
     try:
@@ -59,7 +60,8 @@ def test_a_trainer_that_does_nothing_is_started_again_a_few_times(tmp_path: Path
 
 
 def test_a_beating_trainer_is_left_alone_though_the_clock_goes_back(tmp_path: Path, no_process: list[str]) -> None:
-    process = TrainerProcess(RunDirectory(tmp_path), 1, stall_timeout=0.3)
+    run = RunDirectory(tmp_path)
+    process = TrainerProcess(run, Here(run, 1), stall_timeout=0.3)
     process.begin()
     try:
         for n in range(20):  # a day earlier with every beat
