@@ -100,15 +100,15 @@ def test_a_killed_worker_takes_the_trainer_with_it_and_so_does_a_killed_pool(
 def test_the_trainer_ends_in_time_for_the_end_of_its_job_and_goes_on_in_the_next(
     place: Callable[..., OnParsl], tmp_path: Path
 ) -> None:
-    item = place(drain=8)
+    item = place(drain=20)
     with item.run.lock("trainer"):
         item.start()
         assert eventually(lambda: begun(item))
         (pool,) = pools(tmp_path)
         age = lambda: time.time() - pool.create_time()  # noqa: E731
         first = mark(tmp_path)["pid"]
-        assert eventually(lambda: item.ended() == "was ended in time for the end of its job", 30)
-        assert age() > 8 + 5
+        assert eventually(lambda: item.ended() == "was ended in time for the end of its job", 90)
+        assert age() > 20 + 5
         assert ended(first)
         item.start()
         assert eventually(lambda: begun(item))
@@ -144,8 +144,8 @@ def test_time_in_a_queue_is_not_taken_for_a_hang(place: Callable[..., OnParsl], 
 def test_a_trainer_that_fails_every_time_ends_the_run_with_its_words(place: Callable[..., OnParsl], tmp_path: Path) -> None:
     item = place()
     weights.publish(item.run.generations_dir, Generation(0, {"w": np.zeros((2, 1))}, ()))
-    process = TrainerProcess(item.run, item, stall_timeout=60.0)
+    process = TrainerProcess(item.run, item, stall_timeout=60.0, restarts=1)
     process.begin()
-    with pytest.raises(EnvironmentProblem, match=r"(?s)ended with status \d, after 3 starts in vain.*bnn\.toml"):
+    with pytest.raises(EnvironmentProblem, match=r"(?s)ended with status \d, after 1 starts in vain.*bnn\.toml"):
         process.wait_until_learnt({"a"}, 0)
-    assert (item.run.log_dir / "trainer.log").read_text().count("is a task of Parsl") == 4
+    assert (item.run.log_dir / "trainer.log").read_text().count("is a task of Parsl") == 2
