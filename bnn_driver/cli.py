@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from bnn_driver.errors import BnnError, ConfigError
+from bnn_driver.threads import THREADS
 
 SUMMARY = """An i-PI driver that keeps a simulation with a machine-learned potential within a promised accuracy.
 
@@ -164,7 +165,7 @@ def _limit_threads() -> None:
 
     With their defaults an evaluation of 15 ms takes 1000 ms on a busy machine; [potential] threads sets torch's own.
     """
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for name in THREADS:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -19,6 +19,7 @@ from bnn_driver.executors.claims import claim
 from bnn_driver.executors.messages import error_from_facts, frame_to_facts, receive, send
 from bnn_driver.oracle import Limits, read_done, write_failed
 from bnn_driver.records import Frames
+from bnn_driver.threads import THREADS
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,7 @@ class Child:
         """Args: directory: its own, for scratch and its log."""
         self.directory = directory
         self._job, self._spool = job, Path(job.spool)
-        self._environment = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-        self._environment["OMP_WAIT_POLICY"] = "passive"
+        self._environment = dict.fromkeys(THREADS, str(job.threads)) | {"OMP_WAIT_POLICY": "passive"}
         self._child: subprocess.Popen[bytes] | None = None
         self._labels = 0
         self._lock = threading.Lock()

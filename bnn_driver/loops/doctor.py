@@ -26,6 +26,7 @@ from typing import Any
 
 from bnn_driver.errors import EnvironmentProblem
 from bnn_driver.loops.scheduler import current_job
+from bnn_driver.threads import THREADS
 
 REQUIRED = {
     "numpy": "numpy", "scipy": "scipy", "ase": "ase", "torch": "torch", "e3nn": "e3nn", "mace-torch": "mace", "ipi": "ipi",
@@ -42,7 +43,6 @@ FOLDERS = (
 )  # fmt: skip
 """Variables that name folders, one or several with colons."""
 ASE_VARIABLES = ("ASE_CONFIG_PATH", "ASE_VASP_COMMAND", "ASE_AIMS_COMMAND", "VASP_COMMAND", "VASP_PP_VERSION")
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 SUBMIT = {"sbatch": "Slurm", "qsub": "PBS or SGE", "bsub": "LSF"}
 ORACLES = "bnn_driver.oracles"
 LEAST_FREE = 2e9

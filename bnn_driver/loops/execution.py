@@ -24,6 +24,11 @@ END_MARGIN = 30.0
 """Seconds at the end of a job in which the trainer must not begin; half a minute more is kept by `drain_period`."""
 
 
+def limits_of(config: Config) -> Limits:
+    """What no label may go beyond."""
+    return Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
+
+
 def make_executor(config: Config, options: dict[str, Any], base: Path, folder: Path, spool: Path) -> Pool:
     """What labels frames, ready to use.
 
@@ -32,7 +37,7 @@ def make_executor(config: Config, options: dict[str, Any], base: Path, folder: P
     Raises: ConfigError; EnvironmentProblem where Parsl or the batch system cannot be used.
     """
     o, work = config.oracle, folder / "work"
-    limits = Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
+    limits = limits_of(config)
     if config.executor.kind == "local":
         return LocalExecutor(o.kind, options, o.workers, o.timeout, work, o.threads, spool, limits=limits)
     name = fingerprint(load_oracle(o.kind, options))

@@ -37,14 +37,14 @@ from bnn_driver.loops.assembly import (
 )
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
-from bnn_driver.loops.execution import make_executor, make_trainer_place
+from bnn_driver.loops.execution import limits_of, make_executor, make_trainer_place
 from bnn_driver.loops.findings import input_findings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.quarantine import Quarantine, settings_digest
 from bnn_driver.loops.trainer import TrainerProcess
 from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
-from bnn_driver.oracle import Limits, Oracle, absolute_paths, fingerprint, load_oracle, read_done
+from bnn_driver.oracle import Oracle, absolute_paths, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
@@ -252,7 +252,7 @@ def _labelling(
     executor = make_executor(config, options, base, run.oracle_dir, run.spool_dir)
     stack.callback(executor.shutdown, wait=False)
     name = fingerprint(oracle)
-    o, limits = config.oracle, Limits(min_distance=config.sanity.min_distance, max_force=config.sanity.max_force)
+    o, limits = config.oracle, limits_of(config)
     tried = settings_digest(o.kind, options, o.timeout, o.threads, asdict(limits))
     quarantine = Quarantine(run.oracle_dir / "quarantine", tried)
     pending = run.oracle_dir / "pending"

@@ -16,11 +16,11 @@ from typing import Protocol
 from bnn_driver.errors import DivergedError, EnvironmentProblem
 from bnn_driver.loops.chain_update import Learner, update
 from bnn_driver.loops.distance import Distances
-from bnn_driver.loops.trainer_task import THREADS
 from bnn_driver.records import Generation, LabelledFrame
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import EventLog, RunDirectory, write_atomic
+from bnn_driver.threads import THREADS
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from types import FrameType
 import psutil
 
 from bnn_driver.store.files import write_atomic
+from bnn_driver.threads import THREADS
 
 POLL_SECONDS = 0.5
 AFTER_DRAIN = 5.0
 """Seconds for which the trainer outlives the moment from which on its pool takes no more tasks, so that the next one goes to a new job."""
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
