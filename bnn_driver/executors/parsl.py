@@ -153,6 +153,12 @@ def _complete(path: Path, config: Config, executor: HighThroughputExecutor, time
     if executor.block_error_handler is simple_error_handler:
         executor.block_error_handler = partial(windowed_error_handler, threshold=FAILED_BLOCKS)
         log.info("%s: the default block_error_handler ends an executor that loses its only job; the windowed one is used", path)
+    if not executor.encrypted:
+        # what comes over Parsl's sockets is unpickled, and they listen to the network
+        executor.encrypted = True
+        log.info(
+            "%s: encrypted is not true (for an MPIExecutor by default); Parsl's sockets take nobody without this run's keys", path
+        )
     if config.strategy in (None, "none"):
         raise ConfigError(f'{path}: strategy = "none" never replaces a lost job; use "simple"')
     if config.run_dir == "runinfo":

@@ -16,9 +16,12 @@ import pytest
 from third_party import ACCELERATOR, FORKS, SLEEPS, SLOW, UNCONVERGED, calls, helium, install
 
 pytest.importorskip("parsl")
+import zmq
 from deployments import HEARTBEAT, LIMITS, alive, deploy, ended, eventually, family, oracles, pools
+from zmq.utils.monitor import recv_monitor_message
 
 from bnn_driver.errors import ConfigError, EnvironmentProblem, OracleCrashed, OracleTimeout, SCFNotConverged
+from bnn_driver.executor_config import Mpi
 from bnn_driver.executors import LocalExecutor
 from bnn_driver.executors.parsl import from_file, on_this_machine
 from bnn_driver.executors.remote import RemoteExecutor
@@ -210,7 +213,7 @@ from parsl.executors import HighThroughputExecutor
 from parsl.providers import LocalProvider
 config = Config(executors=[HighThroughputExecutor(
     label="mine", address="127.0.0.1", max_workers_per_node=2, cores_per_worker=0.1, heartbeat_period=1, heartbeat_threshold=4,
-    launch_cmd={command!r}, provider=LocalProvider(worker_init={init!r}, max_blocks=1),
+    encrypted=False, launch_cmd={command!r}, provider=LocalProvider(worker_init={init!r}, max_blocks=1),
 )], strategy_period=1)
 """
 
@@ -230,6 +233,37 @@ def test_a_file_of_the_users_own(start: Callable[..., RemoteExecutor], tmp_path:
     assert "block_error_handler" in caplog.text
     executor = start(layout=layout)
     assert [f.result(timeout=180).energy for f in [executor.submit(helium(x=x)) for x in (0.0, 1.0, 2.0)]] == [0.0] * 3
+    assert "encrypted is not true" in caplog.text
+    for port in (layout.executor.worker_port, layout.executor.outgoing_q.port, layout.executor.incoming_q.port):  # type: ignore[union-attr]
+        assert not lets_in_strangers(port)
+
+
+def lets_in_strangers(port: int) -> bool:
+    """Whether a client without keys gets through to a socket of Parsl."""
+    failures = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    with zmq.Context() as context, context.socket(zmq.DEALER) as client:
+        client.linger = 0
+        with client.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | failures | zmq.EVENT_DISCONNECTED) as monitor:
+            client.connect(f"tcp://127.0.0.1:{port}")
+            assert monitor.poll(20_000), "neither let in nor refused"
+            through = bool(recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            client.disable_monitor()
+    return through
+
+
+def test_sockets_without_keys_would_be_seen() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server:
+        assert lets_in_strangers(server.bind_to_random_port("tcp://127.0.0.1"))
+
+
+def test_an_mpi_executor_of_the_users_own_is_encrypted_too(tmp_path: Path) -> None:
+    path = tmp_path / "parsl_config.py"
+    path.write_text(
+        "from parsl.config import Config\nfrom parsl.executors import MPIExecutor\n"
+        "from parsl.launchers import SimpleLauncher\nfrom parsl.providers import LocalProvider\n"
+        "config = Config(executors=[MPIExecutor(provider=LocalProvider(launcher=SimpleLauncher()))])\n"
+    )
+    assert from_file(path, Mpi(ranks_per_node=1), 20.0, tmp_path).executor.encrypted
 
 
 def test_jobs_that_fail_one_after_the_other_end_the_run(start: Callable[..., RemoteExecutor], tmp_path: Path) -> None:
