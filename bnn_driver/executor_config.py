@@ -85,7 +85,7 @@ class ParslSettings(Section):
     """A Python file that defines `config`, a parsl.config.Config; it is executed.  Relative to the config file."""
     slurm: Slurm | None = None
     jobs_per_hour: int = Field(default=30, ge=1)
-    """Jobs submitted within any hour; beyond it labels, or the trainer, wait."""
+    """Jobs submitted within any hour by all processes of a run together; beyond it labels, or the trainer, wait."""
     heartbeat: Seconds = Field(default="1 min", ge=4)  # type: ignore[assignment]
     """A worker, node or driver of which nothing is heard for so long counts as lost."""
     idle: Seconds = "10 min"  # type: ignore[assignment]

@@ -232,13 +232,13 @@ def _config(executor: HighThroughputExecutor, folder: Path, idle: float) -> Conf
 class Deployment:
     """A running Parsl.  It ends with this process, however that ends: workers follow within the heartbeat."""
 
-    def __init__(self, layout: Layout, jobs_per_hour: int, heartbeat: float, task: Callable[[str], str] = label_task) -> None:
+    def __init__(self, layout: Layout, cap: HourlyCap, heartbeat: float, task: Callable[[str], str] = label_task) -> None:
         """Start; jobs are submitted from now on.
 
-        Args: heartbeat: s for which the interchange may be silent.   task: what workers run.   Raises: EnvironmentProblem.
+        Args: cap: of jobs.   heartbeat: s for which the interchange may be silent.   task: what workers run.   Raises: EnvironmentProblem.
         """
         self._layout, self._config, self._heartbeat, self._task = layout, layout.config, heartbeat, task
-        self._cap = HourlyCap(jobs_per_hour)
+        self._cap = cap
         self._executors = [e for e in self._config.executors if isinstance(e, HighThroughputExecutor)]
         self._failure: Exception | None = None
         self._lock = threading.Lock()
@@ -340,12 +340,7 @@ class Deployment:
         scale_out = executor.scale_out_facade
 
         def capped(wanted: int) -> list[str]:
-            granted = self._cap.take(wanted)
-            if granted < wanted:
-                log.warning(
-                    "%d more jobs are wanted, but %d were submitted within the hour (jobs_per_hour); the next one in %.0f s",
-                    wanted - granted, self._cap.limit, self._cap.next_in(),
-                )  # fmt: skip
+            granted = self._cap.grant(wanted)
             return list(scale_out(granted)) if granted else []
 
         vars(executor)["scale_out_facade"] = capped

@@ -17,6 +17,7 @@ pytest.importorskip("parsl")
 from deployments import HEARTBEAT, ended, eventually, family, pools
 
 from bnn_driver.errors import EnvironmentProblem
+from bnn_driver.executors.pace import HourlyCap
 from bnn_driver.executors.parsl import Deployment, on_this_machine
 from bnn_driver.loops.remote_trainer import MARK, OnParsl
 from bnn_driver.loops.trainer import TrainerProcess
@@ -41,7 +42,7 @@ def place(tmp_path: Path) -> Iterator[Callable[..., OnParsl]]:
         def deploy() -> Deployment:
             layout = on_this_machine(1, tmp_path / "parsl", HEARTBEAT, accelerators, "chains")
             layout.executor.drain_period = drain
-            return Deployment(layout, 30, HEARTBEAT, run_trainer)
+            return Deployment(layout, HourlyCap(30), HEARTBEAT, run_trainer)
 
         made.append(OnParsl(RunDirectory(tmp_path / "run"), 1, deploy))
         return made[-1]
