@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def _on_parsl(config: Config, base: Path, folder: Path, job: Job, work: Path) ->
         layout = parsl.from_file(_existing(base / e.config, "[executor]"), e.mpi, job.timeout, own)
     else:
         layout = parsl.on_this_machine(config.oracle.workers, own, e.heartbeat)
-    deployment = parsl.Deployment(layout, _cap(e, Path(job.spool)), e.heartbeat)
+    deployment = parsl.Deployment(_patient(layout, e), _cap(e, Path(job.spool)), e.heartbeat)
     return RemoteExecutor(job, deployment, layout.places, work)
 
 
@@ -86,7 +87,7 @@ def make_trainer_place(config: Config, base: Path, run: RunDirectory) -> Place:
             layout = parsl.from_file(file, None, END_MARGIN, own)
         else:
             layout = parsl.on_this_machine(1, own, t.heartbeat, t.accelerators, CHAINS)
-        deployment: Deployed = parsl.Deployment(layout, _cap(t, run.spool_dir), t.heartbeat, run_trainer)
+        deployment: Deployed = parsl.Deployment(_patient(layout, t), _cap(t, run.spool_dir), t.heartbeat, run_trainer)
         return deployment
 
     return OnParsl(run, t.threads, deploy)
@@ -95,9 +96,18 @@ def make_trainer_place(config: Config, base: Path, run: RunDirectory) -> Place:
 def _cap(settings: ParslSettings, spool: Path) -> HourlyCap:
     """One for all jobs of a run: of its walkers, the trainer and earlier starts.  Worker pools of this machine, which are no jobs that
     others wait for, count for each process alone."""
-    if settings.slurm is None and not settings.config:
+    if _is_here(settings):
         return HourlyCap(settings.jobs_per_hour)
     return HourlyCap(settings.jobs_per_hour, partial(shared_list, spool.parent / JOBS))
+
+
+def _patient(layout: Any, settings: ParslSettings) -> Any:
+    """The layout, whose tasks wait as long as a queue may take."""
+    return layout if _is_here(settings) else replace(layout, queue_timeout=settings.queue_timeout)
+
+
+def _is_here(settings: ParslSettings) -> bool:
+    return settings.slurm is None and not settings.config
 
 
 def _parsl(what: str) -> Any:

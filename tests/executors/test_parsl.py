@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from bnn_driver.errors import ConfigError, EnvironmentProblem, OracleCrashed, OracleTimeout, SCFNotConverged
 from bnn_driver.executor_config import Mpi
-from bnn_driver.executors import LocalExecutor
+from bnn_driver.executors import LocalExecutor, remote
 from bnn_driver.executors.parsl import from_file, on_this_machine
 from bnn_driver.executors.remote import RemoteExecutor
 from bnn_driver.oracle import read_done, read_failures
@@ -272,6 +273,33 @@ def test_jobs_that_fail_one_after_the_other_end_the_run(start: Callable[..., Rem
         EnvironmentProblem, match=r"(?s)3 jobs failed one after the other.*EXIT CODE: 7.*no such module.*same command again"
     ):
         start(layout=layout).submit(helium()).result(timeout=180)
+
+
+@pytest.mark.parametrize("queue", [True, False])
+def test_a_label_that_no_worker_takes_ends_the_run_with_what_to_look_at(
+    start: Callable[..., RemoteExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: bool
+) -> None:
+    monkeypatch.setattr(remote, "START_LIMIT", 3.0)
+    layout = on_this_machine(1, tmp_path / "parsl", HEARTBEAT)
+    layout.executor.provider.worker_init = "sleep 300"  # type: ignore[union-attr]
+    executor = start(layout=replace(layout, queue_timeout=4.32) if queue else layout)
+    said = (
+        r"within 5e-05 days \(queue_timeout\).*squeue.*same command again"
+        if queue
+        else "no worker on this machine .* within 3 s; see"
+    )
+    with pytest.raises(EnvironmentProblem, match=said):
+        executor.submit(helium()).result(timeout=60)
+
+
+def test_a_label_that_takes_longer_than_a_worker_may_be_waited_for_is_no_such(
+    start: Callable[..., RemoteExecutor], tmp_path: Path
+) -> None:
+    layout = replace(on_this_machine(1, tmp_path / "parsl", HEARTBEAT), queue_timeout=30.0)
+    executor = start(layout=layout)
+    executor.submit(helium(x=1.0)).result(timeout=180)
+    object.__setattr__(layout, "queue_timeout", 2.0)
+    assert executor.submit(helium(SLOW)).result(timeout=60).energy == -8.0
 
 
 def test_no_more_jobs_than_allowed_are_submitted(
