@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bnn_driver.config import Config
 from bnn_driver.errors import ConfigError, EnvironmentProblem
+from bnn_driver.executor_config import ParslSettings
 from bnn_driver.executors.children import Job
 from bnn_driver.executors.local import LocalExecutor
+from bnn_driver.executors.pace import HourlyCap
 from bnn_driver.executors.pool import Pool
 from bnn_driver.executors.remote import RemoteExecutor
 from bnn_driver.loops.remote_trainer import Deployed, OnParsl
 from bnn_driver.loops.trainer import Here, Place
 from bnn_driver.loops.trainer_task import run_trainer
 from bnn_driver.oracle import Limits, fingerprint, load_oracle
+from bnn_driver.store.files import shared_list
 from bnn_driver.store.run import RunDirectory
 
 CHAINS = "chains"
 """Label of the trainer's executor in Parsl."""
 END_MARGIN = 30.0
 """Seconds at the end of a job in which the trainer must not begin; half a minute more is kept by `drain_period`."""
+
+JOBS = "jobs.json"
+"""When jobs were submitted; beside the spool, which all walkers share."""
 
 
 def limits_of(config: Config) -> Limits:
@@ -54,7 +62,8 @@ def _on_parsl(config: Config, base: Path, folder: Path, job: Job, work: Path) ->
         layout = parsl.from_file(_existing(base / e.config, "[executor]"), e.mpi, job.timeout, own)
     else:
         layout = parsl.on_this_machine(config.oracle.workers, own, e.heartbeat)
-    return RemoteExecutor(job, parsl.Deployment(layout, e.jobs_per_hour, e.heartbeat), layout.places, work)
+    deployment = parsl.Deployment(_patient(layout, e), _cap(e, Path(job.spool)), e.heartbeat)
+    return RemoteExecutor(job, deployment, layout.places, work)
 
 
 def make_trainer_place(config: Config, base: Path, run: RunDirectory) -> Place:
@@ -78,10 +87,27 @@ def make_trainer_place(config: Config, base: Path, run: RunDirectory) -> Place:
             layout = parsl.from_file(file, None, END_MARGIN, own)
         else:
             layout = parsl.on_this_machine(1, own, t.heartbeat, t.accelerators, CHAINS)
-        deployment: Deployed = parsl.Deployment(layout, t.jobs_per_hour, t.heartbeat, run_trainer)
+        deployment: Deployed = parsl.Deployment(_patient(layout, t), _cap(t, run.spool_dir), t.heartbeat, run_trainer)
         return deployment
 
     return OnParsl(run, t.threads, deploy)
+
+
+def _cap(settings: ParslSettings, spool: Path) -> HourlyCap:
+    """One for all jobs of a run: of its walkers, the trainer and earlier starts.  Worker pools of this machine, which are no jobs that
+    others wait for, count for each process alone."""
+    if _is_here(settings):
+        return HourlyCap(settings.jobs_per_hour)
+    return HourlyCap(settings.jobs_per_hour, partial(shared_list, spool.parent / JOBS))
+
+
+def _patient(layout: Any, settings: ParslSettings) -> Any:
+    """The layout, whose tasks wait as long as a queue may take."""
+    return layout if _is_here(settings) else replace(layout, queue_timeout=settings.queue_timeout)
+
+
+def _is_here(settings: ParslSettings) -> bool:
+    return settings.slurm is None and not settings.config
 
 
 def _parsl(what: str) -> Any:

@@ -54,8 +54,11 @@ class Labelling:
         max_labels: int | None,
         quarantine: Quarantine,
         walker: str = "",
+        code: str = "",
     ) -> None:
+        """Args: walker: whose labels.   code: what the driver's oracle calls itself; a label may say more, from the code's output."""
         self.walker = walker
+        self.code = code
         self.store = store
         self.executor = executor
         self.pending = pending
@@ -181,6 +184,7 @@ class Labelling:
         return self.executor.submit(frame, priority=priority)
 
     def _adopt(self, frame: Frames, label: Label, context: dict[str, Any]) -> LabelledFrame:
+        self._refuse_other_binary(label)
         if self.walker:
             context = context | {"walker": self.walker}
         number = self.store.write(LabelledFrame(frame, label, context))
@@ -189,6 +193,25 @@ class Labelling:
         self._breaker.count(False)
         log.info("label %d at step %s (%s): %.1f s", number, context["step"], context["criterion"], label.seconds)
         return self.store.read(number)
+
+    def _refuse_other_binary(self, label: Label) -> None:
+        """One version of the code for all labels of the same settings, on whatever worker.
+
+        What the driver's own oracle says of the version is in the fingerprint as far as it matters; here is what only the output says.
+        Raises: EnvironmentProblem when it says another version than that of the first label.
+        """
+        if self.code and not label.code.startswith(f"{self.code} "):
+            return
+        self.store.refresh()  # other walkers' labels
+        others = (item.label for item in self.store.all() if item.label.fingerprint == label.fingerprint)
+        first = next((other for other in others if other.code != self.code), label)
+        if first.code != label.code:
+            raise EnvironmentProblem(
+                f'a worker has computed label {label.frame_id} with "{label.code}", but the labels of this run come from "{first.code}", and '
+                "the two cannot be mixed. Bring that binary back for all workers (the command, modules), remove "
+                f"oracle/spool/done/{label.frame_id}.json from the run directory, and run the same command again; or start a new run with "
+                "the other binary"
+            )
 
     def _give_up(self, frame: Frames, context: dict[str, Any], error: OracleError) -> None:
         """Put a frame without a label aside; wrong settings of the oracle are not the frame's fault."""

@@ -255,7 +255,7 @@ def _labelling(
     tried = settings_digest(o.kind, options, o.timeout, o.threads, asdict(limits))
     quarantine = Quarantine(run.oracle_dir / "quarantine", tried)
     pending = run.oracle_dir / "pending"
-    labelling = Labelling(LabelStore(run.labels_dir), executor, pending, name, o.max_labels, quarantine, run.walker)
+    labelling = Labelling(LabelStore(run.labels_dir), executor, pending, name, o.max_labels, quarantine, run.walker, oracle.code)
     labelling.recover(lambda frame_id: read_done(run.spool_dir, frame_id))
     return labelling
 
