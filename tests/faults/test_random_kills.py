@@ -75,6 +75,8 @@ class RandomKills:
         """Whether the blow fell before the end of the run; waits for a victim that is not there yet."""
         until(lambda: process.poll() is not None or time.monotonic() >= moment, LIMIT)
         until(lambda: process.poll() is not None or place.processes(SIGNS[victim]), LIMIT)
+        if victim == "interchange":  # for one that dies while Parsl starts, Parsl itself waits two minutes
+            until(lambda: process.poll() is not None or place.processes(SIGNS["i-PI"]), LIMIT)
         victims = sorted(place.processes(SIGNS[victim]))
         if process.poll() is not None or not victims:
             return False
