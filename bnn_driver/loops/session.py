@@ -43,7 +43,7 @@ from bnn_driver.loops.quarantine import Quarantine, settings_digest
 from bnn_driver.loops.signals import stop_on_signals
 from bnn_driver.loops.trainer import TrainerProcess
 from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
-from bnn_driver.oracle import Oracle, absolute_paths, fingerprint, load_oracle, read_done
+from bnn_driver.oracle import Oracle, absolute_paths, fingerprint, load_oracle
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
@@ -172,11 +172,13 @@ class Session:
 
     def finish(self, reason: str, *, wait_for_audits: bool = False) -> None:
         """Take the audits that have come, or all that are in flight, and close the books."""
-        in_flight = self.driver.labelling.audits_in_flight
+        in_flight = self.driver.labelling.in_flight
         if wait_for_audits and in_flight:
-            self.progress.show(self.driver.step, f"waiting for {in_flight} audits", force=True)
+            self.progress.show(self.driver.step, f"waiting for {in_flight} labels", force=True)
         try:
             self.driver.finish(LONGEST * self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
+            if wait_for_audits:
+                self.driver.labelling.forget_begun()
         except KeyboardInterrupt as error:
             reason = f"{reason}; {_reason(error)}"
             raise
@@ -256,7 +258,7 @@ def _labelling(
     quarantine = Quarantine(run.oracle_dir / "quarantine", tried)
     pending = run.oracle_dir / "pending"
     labelling = Labelling(LabelStore(run.labels_dir), executor, pending, name, o.max_labels, quarantine, run.walker, oracle.code)
-    labelling.recover(lambda frame_id: read_done(run.spool_dir, frame_id))
+    labelling.recover(run.spool_dir)
     return labelling
 
 
