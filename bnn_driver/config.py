@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -39,11 +39,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 WalkerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of the file: unknown keys are refused, nothing changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=False)
 
 
-class Run(_Section):
+class Run(Section):
     """Where the run lives, and the seed from which all others are derived."""
 
     directory: str = "run"
@@ -51,7 +53,7 @@ class Run(_Section):
     seed: int = Field(default=1, ge=0)
 
 
-class Ipi(_Section):
+class Ipi(Section):
     """The i-PI input; address, mode, batch size, beads and atoms are read from it."""
 
     input: str = ""
@@ -81,7 +83,7 @@ class Ipi(_Section):
         return self.walkers[walker]
 
 
-class System(_Section):
+class System(Section):
     """What the i-PI protocol does not tell."""
 
     periodic: bool
@@ -92,7 +94,7 @@ class System(_Section):
     """A file that ASE reads, for the order of the elements, when there is no i-PI input."""
 
 
-class PotentialSettings(_Section):
+class PotentialSettings(Section):
     """The foundation potential."""
 
     model: str = "embedded"
@@ -114,7 +116,7 @@ class PotentialSettings(_Section):
     """Threads of one process; more than one pays only on idle machines and for large systems."""
 
 
-class EnsembleSettings(_Section):
+class EnsembleSettings(Section):
     """Prior, likelihood and sampler of the Bayesian network."""
 
     recipe: Recipe = DEFAULT
@@ -170,7 +172,7 @@ class EnsembleSettings(_Section):
     """Neighbour lists serve until an atom has moved by half of it; 0.5 Å on a GPU and 0 on a CPU when not given."""
 
 
-class ForceGroup(_Section):
+class ForceGroup(Section):
     """Named atoms with a force threshold of their own."""
 
     atoms: tuple[int, ...]
@@ -178,7 +180,7 @@ class ForceGroup(_Section):
     forces: Force
 
 
-class Accuracy(_Section):
+class Accuracy(Section):
     """The promise: P(|error| >= accuracy) <= 1 - confidence for every frame that is served."""
 
     energy: Energy
@@ -191,7 +193,7 @@ class Accuracy(_Section):
     groups: dict[str, ForceGroup] = Field(default_factory=dict)
 
 
-class CalibrationSettings(_Section):
+class CalibrationSettings(Section):
     """Gamma prior on the precision of the predictive sd: before the first pair errors are sqrt(b/a) times as large as predicted."""
 
     a: float = Field(default=1.0, gt=0)
@@ -204,7 +206,7 @@ class CalibrationSettings(_Section):
     nothing."""
 
 
-class Audit(_Section):
+class Audit(Section):
     """Random labels of served frames, which measure whether the promise holds."""
 
     expected: float = Field(default=30, ge=0)
@@ -213,14 +215,14 @@ class Audit(_Section):
     """Chance that a served frame is audited; wins over `expected`."""
 
 
-class Sanity(_Section):
+class Sanity(Section):
     """A frame outside ends the run instead of being labelled."""
 
     min_distance: Length = "0.5 A"  # type: ignore[assignment]
     max_force: Force = "100 eV/A"  # type: ignore[assignment]
 
 
-class TrainerSettings(_Section):
+class TrainerSettings(Section):
     """The process that moves the chains."""
 
     max_lag: int = Field(default=0, ge=0)
@@ -230,7 +232,7 @@ class TrainerSettings(_Section):
     update_retries: int = Field(default=1, ge=0)
 
 
-class OracleSettings(_Section):
+class OracleSettings(Section):
     """The ab initio code; its own options stand in the table [oracle.KIND]."""
 
     model_config = ConfigDict(extra="allow", frozen=True, validate_default=True)
@@ -263,7 +265,7 @@ class OracleSettings(_Section):
         return self
 
 
-class Output(_Section):
+class Output(Section):
     """What is recorded and sent."""
 
     stride: int = Field(default=10, ge=1)
@@ -273,7 +275,7 @@ class Output(_Section):
     keep_generations: int = Field(default=5, ge=1)
 
 
-class Config(_Section):
+class Config(Section):
     """Everything that a run is made of."""
 
     run: Run = Run()
@@ -296,7 +298,15 @@ class Config(_Section):
 
 
 def read_config(path: Path) -> Config:
-    """Settings of a TOML file.  Raises: ConfigError naming file, key, what came and what was expected."""
+    """Settings of the TOML file of a simulation.  Raises: ConfigError naming file, key, what came and what was expected."""
+    return read_settings(path, Config)
+
+
+Settings = TypeVar("Settings", bound=Config)
+
+
+def read_settings(path: Path, kind: type[Settings]) -> Settings:
+    """Settings of a TOML file with the sections of `kind`.  Raises: ConfigError as `read_config`."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -304,15 +314,15 @@ def read_config(path: Path) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
     try:
-        return Config.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain(path, item, kind) for item in error.errors())) from None
 
 
-def _explain(path: Path, item: Any) -> str:
+def _explain(path: Path, item: Any, kind: type[Config]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        section = _section_at(item["loc"][:-1])
+        section = _section_at(item["loc"][:-1], kind)
         known = section.model_fields if section is not None else {}
         return f"{path}: unknown key {where}{_nearest(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
@@ -322,8 +332,8 @@ def _explain(path: Path, item: Any) -> str:
     return f"{path}: {where}: {message}{came}"
 
 
-def _section_at(location: tuple[Any, ...]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Config
+def _section_at(location: tuple[Any, ...], kind: type[Config]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = kind
     for name in location:
         if section is None or name not in section.model_fields:
             return None
