@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -40,6 +38,7 @@ from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
+from bnn_driver.loops.signals import stop_on_signals
 from bnn_driver.loops.trainer import TrainerProcess
 from bnn_driver.oracle import Limits, Oracle, absolute_paths, fingerprint, load_oracle, read_done
 from bnn_driver.records import Frames
@@ -68,7 +67,7 @@ def run_session(config_file: Path, walker: str = "") -> Path:
     if not xml:
         raise ConfigError(f"{config_file}: ipi.input is missing: `run` starts i-PI on it; with `serve` you start i-PI yourself")
     run = RunDirectory(base / config.run.directory, walker)
-    with _stop_on_signals(), run.lock("driver"), ExitStack() as stack:
+    with stop_on_signals(), run.lock("driver"), ExitStack() as stack:
         frames, ipi_input = read_system(config, base, walker)
         if ipi_input is None:
             raise ConfigError(f"{config_file}: ipi.input names no i-PI input")
@@ -105,7 +104,7 @@ def serve_session(
     config.ipi.input_of(walker)
     run = RunDirectory(base / config.run.directory, walker)
     endpoints = [Endpoint("unix", a, prefix=prefix) if unix else Endpoint("inet", a, port) for a in addresses]
-    with _stop_on_signals(), run.lock("driver"):
+    with stop_on_signals(), run.lock("driver"):
         frames, ipi_input = read_system(config, base, walker)
         if ipi_input is not None:
             _check_input(ipi_input, config)
@@ -313,22 +312,3 @@ def _effective(config: Config, base: Path) -> dict[str, object]:
     """Settings in use, with the versions and thread counts that belong to them."""
     versions = {"torch": torch.__version__, "numpy": np.__version__, "torch_threads": torch.get_num_threads()}
     return config.model_dump(mode="json") | {"base": str(base), "versions": versions}
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run cleanly, whatever it is doing: sockets are closed, so that i-PI can write its RESTART.
-
-    Raises: CleanStop.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise CleanStop("stopped on request; the same command goes on") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

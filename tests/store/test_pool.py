@@ -39,7 +39,13 @@ def test_frames_come_back_as_ase_reads_them(tmp_path: Path) -> None:
     """Different compositions, orders of atoms and cells in one file; ASE's own reader is the reference."""
     cell = np.array([[5.0, 0.3, 0.0], [0.0, 6.0, 0.2], [0.1, 0.0, 7.0]])
     stress = "0.1 0.01 0.02 0.01 0.2 0.03 0.02 0.03 0.3"
-    mixed = [labelled("OH2", -10.0), labelled("H2O", -10.1), labelled("CO", -30.0), labelled("OH2", -10.2), labelled("OH2", -10.3)]
+    mixed = [
+        labelled("OH2", -10.0),
+        labelled("H2O", -10.1),
+        labelled("CO", -30.0),
+        labelled("OH2", -10.2),
+        labelled("OH2", -10.3),
+    ]
     file = written(tmp_path, mixed)
     pool = Pool((file,), KEYS)
     assert (len(pool), pool.elements, len(pool.kinds)) == (5, (1, 6, 8), 3)
