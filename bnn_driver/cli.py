@@ -66,23 +66,43 @@ def serve(
 
 
 @app.command()
+def select(config: ConfigFile) -> None:
+    """Choose the frames of a labelled pool that teach most; the same command resumes."""
+    from bnn_driver.loops.pool import select as select_frames
+    from bnn_driver.report.selection import render_selection, selection_figure, selection_summary
+
+    folder = select_frames(config)
+    selection_figure(folder, folder / "selection.png")
+    typer.echo(
+        f"{render_selection(selection_summary(folder))}\n\nlabels in {folder / 'labels'}, picture in {folder / 'selection.png'}"
+    )
+
+
+@app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """What a run has asked, learnt and measured so far; reads only its files."""
     from bnn_driver.report.numbers import render_summary, summary
+    from bnn_driver.report.selection import is_selection, render_selection, selection_summary
 
-    facts = summary(_run_folder(run))
-    typer.echo(json.dumps(facts, indent=2) if as_json else render_summary(facts))
+    folder = _run_folder(run)
+    if is_selection(folder):
+        facts, text = selection_summary(folder), render_selection
+    else:
+        facts, text = summary(folder), render_summary
+    typer.echo(json.dumps(facts, indent=2) if as_json else text(facts))
 
 
 @app.command()
 def report(run: RunFolder, output: Annotated[Path, typer.Option("-o", "--output", help="PNG file")] = Path("run.png")) -> None:
     """Draw the picture of a run."""
     from bnn_driver.report.figures import run_figure
+    from bnn_driver.report.selection import is_selection, selection_figure
 
-    run_figure(_run_folder(run), output)
+    folder = _run_folder(run)
+    (selection_figure if is_selection(folder) else run_figure)(folder, output)
     typer.echo(f"wrote {output}")
 
 
@@ -100,7 +120,14 @@ def export(
 
 @app.command()
 def check(config: ConfigFile) -> None:
-    """Validate config, i-PI input, model and oracle settings without running anything."""
+    """Validate config, i-PI input or pool, model and oracle settings without running anything."""
+    from bnn_driver.config import read_toml
+
+    if "pool" in read_toml(config):
+        from bnn_driver.loops.pool import check_selection
+
+        typer.echo(check_selection(config))
+        return
     from bnn_driver.loops.session import check_session
 
     typer.echo(check_session(config))
@@ -108,10 +135,10 @@ def check(config: ConfigFile) -> None:
 
 def _run_folder(path: Path) -> Path:
     """The run directory behind a TOML file, a run directory, or a folder with a bnn.toml."""
-    from bnn_driver.config import read_config
+    from bnn_driver.pool_config import read_any_config
 
     file = path / "bnn.toml" if path.is_dir() and not (path / "events").is_dir() else path
-    folder = file.parent / read_config(file).run.directory if file.is_file() else path
+    folder = file.parent / read_any_config(file).run.directory if file.is_file() else path
     if not (folder / "events").is_dir():
         raise ConfigError(f"{path}: no run here (there is no folder {folder / 'events'}); start one with: bnn-driver run CONFIG")
     return folder

@@ -308,15 +308,19 @@ Settings = TypeVar("Settings", bound=Config)
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
     """Settings of a TOML file with the sections of `kind`.  Raises: ConfigError as `read_config`."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return kind.model_validate(read_toml(path))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, item, kind) for item in error.errors())) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, whatever they hold.  Raises: ConfigError when there is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; examples/ethanol/bnn.toml is one to start from") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, item, kind) for item in error.errors())) from None
 
 
 def _explain(path: Path, item: Any, kind: type[Config]) -> str:

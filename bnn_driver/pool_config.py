@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bnn_driver.config import Config, Force, Length, OracleSettings, Section, System, read_settings
+from bnn_driver.config import Config, Force, Length, OracleSettings, Section, System, read_config, read_settings, read_toml
 
 Rank = Literal["force", "energy", "predictive", "atom"]
 Count = Annotated[int, Field(ge=1)]
@@ -100,3 +100,8 @@ class SelectConfig(Config):
 def read_select_config(path: Path) -> SelectConfig:
     """Settings of a TOML file for `select`.  Raises: ConfigError naming file, key, what came and what was expected."""
     return read_settings(path, SelectConfig)
+
+
+def read_any_config(path: Path) -> Config:
+    """Settings of a TOML file of either kind, told apart by the section [pool].  Raises: ConfigError."""
+    return read_select_config(path) if "pool" in read_toml(path) else read_config(path)

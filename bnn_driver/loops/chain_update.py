@@ -255,7 +255,7 @@ def energy_offset(first: LabelledFrame) -> float:
 
 
 def own_offset(item: LabelledFrame, first: LabelledFrame) -> float:
-    """eV, what a label's energy needs to be on the model's scale: what it says itself (labels of several compositions do), or `energy_offset`."""
+    """eV, added to a label's energy: what it says itself (labels of several compositions do), or `energy_offset`."""
     return float(item.context["energy_offset"]) if "energy_offset" in item.context else energy_offset(first)
 
 

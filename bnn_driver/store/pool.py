@@ -20,7 +20,7 @@ from bnn_driver.errors import ConfigError
 from bnn_driver.records import Array, Frames
 from bnn_driver.store.xyz import RawFrame, block_at, blocks, parse
 
-GAP = 5.0
+GAP = 10.0
 """eV per atom: no two frames of one composition that anybody would learn together have energies so far apart with nothing between."""
 SAME = 1e-3
 """eV, and eV/Å for forces: labels of the same structure that differ by more are of different levels of theory."""
@@ -185,7 +185,9 @@ class Pool:
                 stream.close()
 
     def _check_gaps(self) -> None:
-        """Energies of one composition in two groups that are too far apart for one level of theory."""
+        """Energies of one composition in two groups that are too far apart for one level of theory, unless the frames name theirs."""
+        if self.keys.level:
+            return
         atoms, counts = np.unique(self.atoms(), axis=0, return_inverse=True)
         for number, row in enumerate(atoms):
             members = np.flatnonzero(counts.ravel() == number)
@@ -196,7 +198,7 @@ class Pool:
                 raise ConfigError(
                     f"the energies of one composition lie {gaps.max():.4g} eV apart with none between: {self.energy[low]:.6g} eV in "
                     f"{self.where(int(low))}, {self.energy[high]:.6g} eV in {self.where(int(high))}. Two levels of theory (or "
-                    "codes) do not mix; keep one of them in the pool"
+                    "codes) do not mix; keep one of them in the pool. If they are of one level, let [pool] level_key name what says so"
                 )
 
 
