@@ -333,7 +333,7 @@ def _explain(path: Path, item: Any, kind: type[Config]) -> str:
         return f"{path}: {where} is missing; it has no default"
     message = item["msg"].removeprefix("Value error, ")
     came = "" if repr(item["input"]) in message else f" (got {item['input']!r})"
-    return f"{path}: {where}: {message}{came}"
+    return f"{path}: {where}: {message}{came}" if where else f"{path}: {message}"
 
 
 def _section_at(location: tuple[Any, ...], kind: type[Config]) -> type[BaseModel] | None:

@@ -81,10 +81,17 @@ class CommitteeSettings(Section):
     """Options of mace_run_train for models from scratch, over the small ones of the program."""
 
 
+class PoolSystem(System):
+    """Charge and multiplicity of frames that do not say their own."""
+
+    periodic: bool = False
+    """Given: what pbc in the file must say; not given: whatever it says."""
+
+
 class SelectConfig(Config):
     """Everything that a selection is made of."""
 
-    system: System = System(periodic=False)
+    system: PoolSystem = PoolSystem()
     oracle: OracleSettings = OracleSettings(kind="none")
     pool: PoolSettings
     committee: CommitteeSettings = CommitteeSettings()

@@ -14,7 +14,7 @@ from bnn_driver.loops.screening import different
 from bnn_driver.loops.seeds import generator
 from bnn_driver.pool_config import SelectConfig
 from bnn_driver.records import Array
-from bnn_driver.store.pool import Keys, Pool
+from bnn_driver.store.pool import Keys, Pool, formula
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,11 @@ def divide(pool: Pool, config: SelectConfig) -> Division:
             f"{pool.files[0]} has {len(rest)} frames to choose from, but {wanted[0]} test frames, {wanted[1]} start frames and "
             f"batches of {wanted[2]} are wanted; lower [pool] test, start or batch, or give a larger pool"
         )
-    test = pool.of_file(1) if isinstance(p.test, str) else np.sort(generator(seed, "test").permutation(rest)[: wanted[0]])
+    test = (
+        pool.of_file(1)
+        if isinstance(p.test, str)
+        else _drawn_test(pool, rest, wanted[0], gallery_of(pool, given, p.duplicates), seed)
+    )
     held = gallery_of(pool, test, p.duplicates)
     rest = np.setdiff1d(rest, test)
     start = given if len(given) else _drawn(pool, rest, wanted[1], held, seed)
@@ -81,6 +85,7 @@ def divide(pool: Pool, config: SelectConfig) -> Division:
             raise ConfigError(
                 f"{pool.where(int(index))} is a start frame, but nearly the same as a test frame; leave it out of one of them"
             )
+    _check_constants(pool, start)
     candidates = np.setdiff1d(rest, start)
     _check_usable(pool, candidates, held, start, config)
     return Division(test, start, candidates)
@@ -107,8 +112,21 @@ def _given_start(pool: Pool, config: SelectConfig) -> Array:
     return np.array(start, dtype=np.int64)
 
 
+def _drawn_test(pool: Pool, rest: Array, count: int, given: Gallery, seed: int) -> Array:
+    """Test frames that are not nearly one of the start frames that the user named."""
+    drawn: list[int] = []
+    for index in generator(seed, "test").permutation(rest).tolist():
+        if len(drawn) < count and not given.has(pool.one(index).frames):
+            drawn.append(index)
+    if len(drawn) < count:
+        raise ConfigError(
+            f"{pool.files[0]} has only {len(drawn)} of {count} test frames that are not nearly a start frame; lower [pool] test"
+        )
+    return np.sort(np.array(drawn, dtype=np.int64))
+
+
 def _drawn(pool: Pool, rest: Array, count: int, held: Gallery, seed: int) -> Array:
-    order = generator(seed, "start").permutation(len(rest))
+    order = _spanning_first(pool, rest, generator(seed, "start").permutation(len(rest)), held)
     rows, passed = different(pool, rest, order, count, held)
     if len(rows) < count:
         raise ConfigError(
@@ -116,6 +134,31 @@ def _drawn(pool: Pool, rest: Array, count: int, held: Gallery, seed: int) -> Arr
             f"and only {len(rows)} of {count} start frames are left; lower duplicates or start"
         )
     return rest[rows]
+
+
+def _spanning_first(pool: Pool, rest: Array, order: Array, held: Gallery) -> Array:
+    """The same order but for the first frames that, together, fix the constants of the energies of all elements; they come first."""
+    atoms = pool.atoms()[rest]
+    kind_of = np.unique(atoms, axis=0, return_inverse=True)[1].ravel()
+    needed: list[int] = []
+    for kind in kind_of[order][np.sort(np.unique(kind_of[order], return_index=True)[1])]:
+        own = order[kind_of[order] == kind].tolist()
+        if np.linalg.matrix_rank(atoms[[*needed, own[0]]]) > len(needed):
+            needed += next(([row] for row in own if not held.has(pool.one(int(rest[row])).frames)), [])
+    return np.array([*needed, *(row for row in order.tolist() if row not in needed)])
+
+
+def _check_constants(pool: Pool, start: Array) -> None:
+    """Raises: ConfigError when the start frames leave constants open that energies of other frames have."""
+    atoms = pool.atoms()
+    known, rank = atoms[start], np.linalg.matrix_rank(atoms[start])
+    for number in range(len(pool.kinds)):
+        index = int(np.argmax(pool.kind == number))
+        if np.linalg.matrix_rank(np.vstack([known, atoms[index]])) > rank:
+            raise ConfigError(
+                f"the start frames do not fix the constants of the energies of {formula(pool.kinds[number][0])} ({pool.where(index)}): the "
+                f"pool's compositions need at least {np.linalg.matrix_rank(atoms)} start frames of different ones; add one to [pool] start"
+            )
 
 
 def _check_usable(pool: Pool, candidates: Array, held: Gallery, start: Array, config: SelectConfig) -> None:

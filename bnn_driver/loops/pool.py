@@ -156,12 +156,14 @@ class Rounds:
             return
         start = self.division.start
         difference = np.zeros(len(start))
-        for batch in self.pool.batches(start):
-            place = np.searchsorted(np.sort(start), batch.index)
-            difference[np.argsort(start)[place]] = self.committee.foundation_energy(batch.frames) - batch.energy
+        for row, index in enumerate(start.tolist()):
+            one = self.pool.one(index)
+            energy = self.committee.foundation_energy(one.frames)
+            difference[row] = 0.0 if energy is None else energy[0] - one.energy[0]
         atoms = self.pool.atoms()[start]
         constants = np.linalg.lstsq(atoms.astype(float), difference, rcond=None)[0]
-        self._write(0, {"chosen": start, "generation": 0, "elements": self.pool.elements, "constants": constants})
+        facts = {"chosen": start, "generation": 0, "elements": self.pool.elements, "constants": constants}
+        self._write(0, facts | {"test": self.division.test})
 
     def _offsets(self, index: Array) -> Array:
         """eV, added to the labels' energies to have them on the model's scale."""

@@ -113,9 +113,8 @@ class FromScratch:
         """Descriptors of frames in the first member.  Returns: (B, D)."""
         return described(self._potentials[0], frames)
 
-    def foundation_energy(self, frames: Frames) -> Array:
-        """(B,) zeros: mace finds the constants of the elements itself."""
-        return np.zeros(len(frames))
+    def foundation_energy(self, frames: Frames) -> None:
+        """There is none: mace finds the constants of the elements itself."""
 
     def _file(self, number: int, member: int) -> Path:
         return self.folder / f"{number:06d}" / f"member_{member:02d}.model"

@@ -30,8 +30,8 @@ class Committee(Protocol):
         """(B, D) descriptors of frames."""
         ...
 
-    def foundation_energy(self, frames: Frames) -> Array:
-        """(B,) eV, before anything was learnt."""
+    def foundation_energy(self, frames: Frames) -> Array | None:
+        """(B,) eV, before anything was learnt; None for members that have the labels' zero of energy."""
         ...
 
 

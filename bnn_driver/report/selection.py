@@ -162,7 +162,7 @@ def _disagreement(panel: figures.Axes, found: Selection) -> None:
     labels = found.chosen.labels[: len(rounds)]
     for name, colour, marker in (("selected", figures.RED, "o"), ("remaining", figures.BLUE, "s")):
         values = [1e3 * record[name] for record in rounds]
-        panel.plot(labels, values, marker=marker, color=colour, label=f"{name} frames", markersize=5)
+        panel.plot(labels, values, marker=marker, color=colour, label=name, markersize=5)
     ends = 1e3 * np.array([record["pool_quantiles"] for record in rounds]).reshape(-1, 3)
     panel.fill_between(labels, ends[:, 0], ends[:, 2], color=figures.BLUE, alpha=0.12, linewidth=0, label="5 to 95 % of the pool")
     figures.style(panel, "labels", "force disagreement / meV/Å", "Disagreement, round by round", log="y")
