@@ -12,14 +12,21 @@ from typing import Annotated, Any
 import typer
 
 from bnn_driver.errors import BnnError, ConfigError
+from bnn_driver.threads import THREADS
 
 SUMMARY = """An i-PI driver that keeps a simulation with a machine-learned potential within a promised accuracy.
 
 Exit codes: 0 done, 2 usage or config, 3 environment, 4 oracle failed, 5 sampling diverged, 6 i-PI gone, 7 a guard stopped the run,
-75 stopped on request (the same command goes on)."""
+75 stopped on request or before the end of the job (the same command goes on)."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=SUMMARY)
 ConfigFile = Annotated[Path, typer.Argument(help="the run's TOML file")]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        "--until", help='stop in time for "23:30", "2026-03-01 06:00" or "2 h" from now, exit 75; default: the end of the job'
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")]
 
 
@@ -27,7 +34,7 @@ Walker = Annotated[str, typer.Option("--walker", help="only this one of [ipi.wal
 
 
 @app.command()
-def run(config: ConfigFile, walker: Walker = "") -> None:
+def run(config: ConfigFile, walker: Walker = "", until: Until = None) -> None:
     """Start i-PI on the input, drive it within the promised accuracy; the same command resumes."""
     from bnn_driver.config import read_config
     from bnn_driver.report.numbers import render_summary, summary
@@ -35,11 +42,11 @@ def run(config: ConfigFile, walker: Walker = "") -> None:
     if read_config(config).ipi.walkers and not walker:
         from bnn_driver.loops.walkers import run_walkers
 
-        folder = run_walkers(config)
+        folder = run_walkers(config, ["--until", until] if until else [])
     else:
         from bnn_driver.loops.session import run_session
 
-        folder = run_session(config, walker)
+        folder = run_session(config, walker, until)
     typer.echo(render_summary(summary(folder)))
 
 
@@ -54,13 +61,21 @@ def serve(
     prefix: Annotated[str, typer.Option("-S", "--sockets-prefix", help="as in the XML")] = "/tmp/ipi_",
     shm: Annotated[bool, typer.Option("--shm", help="shared memory (ffsocket mode='shm')")] = False,
     walker: Walker = "",
+    until: Until = None,
 ) -> None:
     """Drive an i-PI that you started yourself: nothing in its XML but the socket."""
     from bnn_driver.loops.session import serve_session
     from bnn_driver.report.numbers import render_summary, summary
 
     folder = serve_session(
-        config, unix=unix or shm, addresses=address or ["localhost"], port=port, prefix=prefix, shared_memory=shm, walker=walker
+        config,
+        unix=unix or shm,
+        addresses=address or ["localhost"],
+        port=port,
+        prefix=prefix,
+        shared_memory=shm,
+        walker=walker,
+        until=until,
     )
     typer.echo(render_summary(summary(folder)))
 
@@ -119,8 +134,14 @@ def export(
 
 
 @app.command()
-def check(config: ConfigFile) -> None:
-    """Validate config, i-PI input or pool, model and oracle settings without running anything."""
+def check(
+    config: ConfigFile,
+    label: Annotated[
+        bool, typer.Option("--label", help="also have the oracle label the start structure, five to seven times")
+    ] = False,
+    walker: Walker = "",
+) -> None:
+    """Try config, i-PI input or pool, socket, model, oracle and run directory without running; says what `run` would do and cost."""
     from bnn_driver.config import read_toml
 
     if "pool" in read_toml(config):
@@ -128,9 +149,23 @@ def check(config: ConfigFile) -> None:
 
         typer.echo(check_selection(config))
         return
-    from bnn_driver.loops.session import check_session
+    from bnn_driver.loops.checking import check_session
 
-    typer.echo(check_session(config))
+    check_session(config, lambda name, text: typer.echo(f"{name:<12}{text}" if name else text), label=label, walker=walker)
+
+
+@app.command()
+def doctor(folder: Annotated[Path, typer.Argument(help="where a run would live")] = Path()) -> None:
+    """What this machine has of what a run needs: versions, GPU, kernels, oracles, codes, scheduler, file system."""
+    from bnn_driver.loops.doctor import Finding, examine
+
+    def say(finding: Finding) -> None:
+        typer.echo(f"{finding.name:<16}{finding.text}")
+        if finding.remedy:
+            typer.echo(f"{'':<16}{'BROKEN' if finding.required else 'PROBLEM'}: {finding.remedy}")
+
+    examine(folder, say)
+    typer.echo("nothing that every run needs is missing")
 
 
 def _run_folder(path: Path) -> Path:
@@ -157,7 +192,7 @@ def _limit_threads() -> None:
 
     With their defaults an evaluation of 15 ms takes 1000 ms on a busy machine; [potential] threads sets torch's own.
     """
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for name in THREADS:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -9,40 +9,16 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bnn_driver import units
 from bnn_driver.errors import ConfigError
+from bnn_driver.executor_config import ExecutorSettings, TrainerSettings
 from bnn_driver.recipes import DEFAULT, Recipe, filled
-
-
-def _quantity(kind: str) -> BeforeValidator:
-    def parse(value: object) -> float:
-        try:
-            return units.parse_quantity(value, kind)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-
-    return BeforeValidator(parse)
-
-
-Energy = Annotated[float, _quantity("energy"), Field(gt=0)]
-Length = Annotated[float, _quantity("length"), Field(ge=0)]
-Force = Annotated[float, _quantity("force"), Field(gt=0)]
-Stress = Annotated[float, _quantity("stress"), Field(gt=0)]
-Seconds = Annotated[float, _quantity("wall time"), Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
+from bnn_driver.sections import Energy, Force, Fraction, Length, Seconds, Section, Stress
 
 WalkerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
-
-
-class Section(BaseModel):
-    """A table of the file: unknown keys are refused, nothing changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=False)
 
 
 class Run(Section):
@@ -51,6 +27,8 @@ class Run(Section):
     directory: str = "run"
     """Relative to the config file."""
     seed: int = Field(default=1, ge=0)
+    margin: Seconds = "2 min"  # type: ignore[assignment]
+    """Kept before the end of the job (or --until) for stopping alone: i-PI writes its RESTART, processes end.  No label need fit in."""
 
 
 class Ipi(Section):
@@ -62,6 +40,8 @@ class Ipi(Section):
     """Name -> XML of simulations of the same atoms that share labels, chains and weights: replicas, temperatures, umbrella windows."""
     connect_timeout: Seconds = "2 min"  # type: ignore[assignment]
     reconnects: int = Field(default=10, ge=0)
+    silence_timeout: Seconds = "6 h"  # type: ignore[assignment]
+    """An i-PI that asks nothing for so long is taken for hung; longer when other force providers of the same input take longer."""
 
     @model_validator(mode="after")
     def _one_or_many(self) -> Ipi:
@@ -222,16 +202,6 @@ class Sanity(Section):
     max_force: Force = "100 eV/A"  # type: ignore[assignment]
 
 
-class TrainerSettings(Section):
-    """The process that moves the chains."""
-
-    max_lag: int = Field(default=0, ge=0)
-    """Labels that may be known but not yet learnt while frames are served; 0 waits for the chains (published)."""
-    device: str = "cpu"
-    threads: int = Field(default=1, ge=1)
-    update_retries: int = Field(default=1, ge=0)
-
-
 class OracleSettings(Section):
     """The ab initio code; its own options stand in the table [oracle.KIND]."""
 
@@ -289,12 +259,21 @@ class Config(Section):
     sanity: Sanity = Sanity()
     trainer: TrainerSettings = TrainerSettings()
     oracle: OracleSettings
+    executor: ExecutorSettings = ExecutorSettings()
     output: Output = Output()
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in_recipe(cls, raw: Any) -> Any:
         return filled(raw) if isinstance(raw, dict) else raw
+
+    @model_validator(mode="after")
+    def _labels_fit_the_executor(self) -> Config:
+        try:
+            self.executor.check(self.oracle.timeout, "workers" in self.oracle.model_fields_set)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 def read_config(path: Path) -> Config:
@@ -332,8 +311,10 @@ def _explain(path: Path, item: Any, kind: type[Config]) -> str:
     if item["type"] == "missing":
         return f"{path}: {where} is missing; it has no default"
     message = item["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"{path}: {message}"
     came = "" if repr(item["input"]) in message else f" (got {item['input']!r})"
-    return f"{path}: {where}: {message}{came}" if where else f"{path}: {message}"
+    return f"{path}: {where}: {message}{came}"
 
 
 def _section_at(location: tuple[Any, ...], kind: type[Config]) -> type[BaseModel] | None:
@@ -342,7 +323,7 @@ def _section_at(location: tuple[Any, ...], kind: type[Config]) -> type[BaseModel
         if section is None or name not in section.model_fields:
             return None
         inner = section.model_fields[name].annotation
-        section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+        section = next((t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel)), None)
     return section
 
 

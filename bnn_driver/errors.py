@@ -12,12 +12,15 @@ BnnError (1)
 │   ├── UnstableState          converged to a state that is not a minimum
 │   ├── OracleTimeout          killed at its time limit
 │   ├── OracleCrashed          the process died
+│   │   └── WorkerLost         its worker or node was lost, for which the frame cannot be blamed
+│   ├── FrameBusy              another process computes this very frame
 │   └── OracleInconsistent     a result that contradicts itself (NaN, shape, net force)
 ├── DivergedError (5)          the chains left the posterior and no good generation is left
 ├── IpiGone (6)                i-PI died, never came, or broke the protocol
 │   └── ProtocolError
 ├── GuardStop (7)              a guard of the user stopped the run (budget, sanity)
 └── CleanStop (75)             stopped on request; the same command goes on
+    └── WallLimit              stopped before the end of the time that the job has
 """
 
 from __future__ import annotations
@@ -81,6 +84,14 @@ class OracleCrashed(OracleError):
     """The process of the calculation died."""
 
 
+class WorkerLost(OracleCrashed):
+    """The worker or node of the calculation was lost; the frame is not to blame."""
+
+
+class FrameBusy(OracleError):
+    """Another process computes this very frame."""
+
+
 class OracleInconsistent(OracleError):
     """The result contradicts itself: NaN, wrong shape, net force."""
 
@@ -111,3 +122,7 @@ class CleanStop(BnnError):
     """The run was asked to stop; the same command goes on."""
 
     exit_code = 75
+
+
+class WallLimit(CleanStop):
+    """The run stopped before the end of its time; the same command goes on."""

@@ -328,7 +328,7 @@ def label_from_json(text: str) -> Label:
 
 
 def write_done(spool: Path, result: Label) -> None:
-    """Put a finished label into the spool: complete or not at all, also when the power fails."""
+    """Put a finished label into the spool: complete or not at all, also when the power fails.  Raises: EnvironmentProblem."""
     _write(spool / "done" / f"{result.frame_id}.json", label_to_json(result))
     (spool / "failed" / f"{result.frame_id}.json").unlink(missing_ok=True)
 
@@ -353,17 +353,40 @@ def write_failed(spool: Path, frame_id: str, error: BaseException) -> None:
 
 def read_failures(spool: Path) -> dict[str, dict[str, Any]]:
     """Frame id -> class, message and count of its failures."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((spool / "failed").glob("*.json"))}
+    found = {path.stem: _failure(path) for path in sorted((spool / "failed").glob("*.json"))}
+    return {name: facts for name, facts in found.items() if facts}
+
+
+def _failure(path: Path) -> dict[str, Any]:
+    """Nothing for a file that is damaged or gone: a count of failures is no reason to stop."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{path} could not be written: {error}; free space or mend the folder's permissions, then run the same command again"
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -6,6 +6,7 @@ Folders are made in the current directory, which for a worker of an executor is 
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from oracles.guarded import Guarded
 from oracles.restart import Restart
 from oracles.scrutiny import ERRORS
 
+MPI_PREFIX = "PARSL_MPI_PREFIX"
+"""The variable in which a worker of Parsl finds how to start a program on the nodes of this label."""
 Result = TypeVar("Result")
 Keep = Literal["none", "failed", "all"]
 """Which work folders stay: of failed labels (default), of all, or none."""
@@ -38,10 +41,17 @@ def words_of(kind: str, command: str | list[str], key: str = "command") -> list[
 def program(kind: str, command: str | list[str], key: str = "command", folder: Path | None = None) -> list[str]:
     """The words of a command, whose first one must be found.
 
+    A first word $PARSL_MPI_PREFIX stands for all words of that variable; it stays as it is where nobody has set it.
     Args: key: the setting, for messages.   folder: a copy of it is where the command runs; a program in it is found first.
     Raises: OracleConfigError if it is empty or relative to another folder; EnvironmentProblem if there is no such program.
     """
-    name, *rest = words_of(kind, command, key)
+    words = words_of(kind, command, key)
+    if words[0] == f"${MPI_PREFIX}":
+        if not words[1:]:
+            raise OracleConfigError(f"[oracle.{kind}] {key} has no program after {words[0]}")
+        prefix = shlex.split(os.environ[MPI_PREFIX]) if MPI_PREFIX in os.environ else words[:1]
+        return prefix + program(kind, words[1:], key, folder)
+    name, *rest = words
     if folder is not None and not Path(name).is_absolute() and (folder / name).is_file():
         return [f"./{name}", *rest]
     if "/" in name and not Path(name).is_absolute():
@@ -83,6 +93,10 @@ def run(kind: str, words: list[str], folder: Path, output: str) -> str:
     Args: output: name of the file that gets its standard output; standard error goes to stderr.txt.
     Returns: how it ended, such as "exit status 0".   Raises: EnvironmentProblem if it cannot be started, OracleCrashed if its guard died.
     """
+    if words[0] == f"${MPI_PREFIX}":
+        raise OracleConfigError(
+            f"[oracle.{kind}] command starts with {words[0]}, which only [executor.mpi] gives a meaning; add that table or remove it"
+        )
     process = Guarded(kind, words, folder, output, ERRORS)
     try:
         process.wait()

@@ -19,6 +19,7 @@ import numpy as np
 from bnn_driver.errors import ConfigError, IpiGone, ProtocolError
 from bnn_driver.ipi.connection import Answer, Asked, Connection
 from bnn_driver.ipi.replies import Reply, ReplyCheck, Request
+from bnn_driver.ipi.silence import Hung, Silence
 from bnn_driver.ipi.transport import Endpoint, connect
 from bnn_driver.records import Array
 
@@ -46,6 +47,7 @@ class Client:
         connect_timeout: float,
         reconnects: int,
         gather_seconds: float,
+        silence_timeout: float = float("inf"),
     ) -> None:
         """Nothing is connected yet.
 
@@ -53,6 +55,7 @@ class Client:
             structures only.   shared_memory: i-PI's mode='shm'.   connect_timeout: s to wait for i-PI to listen.
             reconnects: how often in a row a lost connection is made again before IpiGone.
             gather_seconds: how long a request waits for those of the other connections.
+            silence_timeout: s without a word on any connection, while nothing is computed, after which i-PI is taken for hung.
         Raises: ConfigError without an endpoint.
         """
         if not endpoints:
@@ -60,7 +63,8 @@ class Client:
         self._handler = handler
         self._gather_seconds = gather_seconds
         self._connect_timeout = connect_timeout
-        self._links = [_Link(endpoint, shared_memory, reconnects, self._is_closing) for endpoint in endpoints]
+        self._silence = Silence(silence_timeout)
+        self._links = [_Link(endpoint, shared_memory, reconnects, self._is_closing, self._silence) for endpoint in endpoints]
         self._check = ReplyCheck()
         self._closed_by_caller = False
         self._closing = False
@@ -104,7 +108,9 @@ class Client:
     def _serve_one(self, link: _Link) -> None:
         link.open(self._connect_timeout)
         while (asked := link.receive()) is not None:
-            link.answer(asked, self._compute([asked])[0])
+            answer = self._compute([asked])[0]
+            link.undelivered = {}  # i-PI has asked again, or has gone on
+            link.answer(asked, answer)
 
     def _serve_many(self) -> None:
         inbox: queue.SimpleQueue[_Ticket | _Ended] = queue.SimpleQueue()
@@ -182,17 +188,22 @@ class Client:
 
     def _ask(self, positions: Array, cell: Array, parameters: str, rows: int, padding: int) -> Reply:
         request = Request(positions, cell, parameters, rows, padding)
-        return self._check(request, self._handler(request))
+        with self._silence.ours():
+            return self._check(request, self._handler(request))
 
 
 class _Link:
     """One endpoint: its connection, and how it is made again."""
 
-    def __init__(self, endpoint: Endpoint, shared_memory: bool, reconnects: int, closing: Callable[[], bool]) -> None:
+    def __init__(
+        self, endpoint: Endpoint, shared_memory: bool, reconnects: int, closing: Callable[[], bool], silence: Silence
+    ) -> None:
         self.endpoint = endpoint
         self.undelivered: dict[bytes, Row] = {}
-        """Results that were computed when i-PI dropped the connection: it asks for the same structures again."""
+        """Results that i-PI may not have got when the connection ended: it asks for the same structures again."""
+        self._sent: tuple[Asked, Answer] | None = None
         self._shared_memory = shared_memory
+        self._silence = silence
         self._reconnects = reconnects
         self.is_closing = closing
         self._connection: Connection | None = None
@@ -203,7 +214,7 @@ class _Link:
         """Connect within `seconds`.  Raises: IpiGone."""
         if self.is_closing():
             return
-        self._connection = Connection(connect(self.endpoint, seconds, self.is_closing), self._shared_memory)
+        self._connection = Connection(connect(self.endpoint, seconds, self.is_closing), self._shared_memory, self._silence)
         log.info("connected to i-PI at %s", self.endpoint)
         if self.is_closing():
             self.close()
@@ -213,9 +224,12 @@ class _Link:
         while self._connection is not None and not self.is_closing():
             try:
                 asked = self._connection.receive()
-            except ProtocolError:
+            except (ProtocolError, Hung):
                 raise
             except IpiGone as error:
+                # what was written last may have been lost on the way
+                if self._sent is not None:
+                    self.undelivered, self._sent = _rows_of(*self._sent), None
                 # closed before it was taken up, after EXIT: i-PI was already on its way out
                 self._again(None if self._exit_said and not self._connection.spoken else error)
             else:
@@ -232,15 +246,15 @@ class _Link:
         try:
             delivered = self._connection.answer(answer)
             error = None
-        except ProtocolError:
+        except (ProtocolError, Hung):
             raise
         except IpiGone as gone:
             delivered, error = False, gone
         if delivered:
-            self._lost = 0
+            self._lost, self._sent = 0, (asked, answer)
             return
         self._exit_said = error is None
-        self.undelivered = dict(zip(_keys(asked), _split(answer), strict=True))
+        self.undelivered = _rows_of(asked, answer)
         self._again(error)
 
     def _again(self, error: IpiGone | None) -> None:
@@ -338,6 +352,10 @@ def _repeated_at_the_end(keys: Sequence[bytes]) -> int:
     while repeated < len(keys) - 1 and keys[-2 - repeated] == keys[-1]:
         repeated += 1
     return repeated
+
+
+def _rows_of(asked: Asked, answer: Answer) -> dict[bytes, Row]:
+    return dict(zip(_keys(asked), _split(answer), strict=True))
 
 
 def _split(answer: Answer | Reply) -> list[Row]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from bnn_driver.errors import ProtocolError
 from bnn_driver.ipi import wire
+from bnn_driver.ipi.silence import Silence
 from bnn_driver.ipi.transport import Channel, SharedArrays
 from bnn_driver.records import Array
 from bnn_driver.units import HARTREE, HARTREE_PER_BOHR
@@ -52,17 +53,19 @@ class Answer:
 class Connection:
     """State machine over one channel; `receive` and `answer` alternate."""
 
-    def __init__(self, channel: Channel, shared_memory: bool) -> None:
+    def __init__(self, channel: Channel, shared_memory: bool, silence: Silence) -> None:
         self.spoken = False
         """Whether i-PI has sent anything: a connection it never took up says nothing."""
         self._channel = channel
         self._shared_memory = shared_memory
+        self._silence = silence
         self._shared: SharedArrays | None = None
         self._parameters: str | None = None
         self._batch = 1
         self._pending = b""
 
     def _header(self) -> bytes:
+        self._silence.await_word(self._channel)
         word = self._channel.read(wire.HEADER_SIZE)
         self.spoken = True
         return word

@@ -1,7 +1,8 @@
 """i-PI as a process of ours: started on an input or on where it stopped, watched, ended cleanly.
 
 i-PI's exit code is 0 in every case, so what happened is read from its RESTART and its log.  A clean exit leaves RESTART; a
-kill leaves only the last <checkpoint>: the furthest readable file of both is where it goes on.
+kill leaves only the last <checkpoint>: the furthest readable file of both is where it goes on.  i-PI empties a checkpoint before it
+writes it anew, so a copy of the last whole one is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -30,6 +32,9 @@ __all__ = ["IpiInput", "IpiProcess", "read_input"]
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
+KEEP_SECONDS = 20.0
+"""How often the newest checkpoint is copied."""
+KEPT = "kept.checkpoint"
 MARK = "# i-PI started on "
 # argv: this process, then a command that is ended (SIGTERM: i-PI writes RESTART) when this process dies, however it dies
 LAUNCH = """
@@ -56,6 +61,8 @@ class IpiProcess:
         self.log_file = Path(log_file).absolute()
         self._process: subprocess.Popen[bytes] | None = None
         self._endpoints: tuple[Endpoint, ...] = ()
+        self._checkpoints: tuple[str, ...] = ()
+        self._ended = threading.Event()
 
     def start(self) -> IpiInput:
         """Start i-PI on the user's input, or where an earlier run in this folder stopped; returns what it runs on.
@@ -73,7 +80,7 @@ class IpiProcess:
             raise ConfigError(
                 f"i-PI in {self.folder} has done all {effective.total_steps} steps; raise <total_steps> in {self.xml} to go on"
             )
-        self._endpoints = effective.endpoints
+        self._endpoints, self._checkpoints = effective.endpoints, effective.checkpoint_files
         self._remove_stale_sockets()
         (self.folder / "EXIT").unlink(missing_ok=True)
         self._spawn(source)
@@ -86,7 +93,7 @@ class IpiProcess:
 
     def _spawn(self, source: Path) -> None:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", LAUNCH, str(os.getpid()), sys.executable, str(_script()), source.name]
+        command = [sys.executable, "-c", LAUNCH, str(os.getpid()), sys.executable, str(ipi_script()), source.name]
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log_file.open("ab") as stream:
             stream.write(f"{MARK}{source} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
@@ -100,9 +107,32 @@ class IpiProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the driver, which then ends i-PI
             )
-        created = psutil.Process(self._process.pid).create_time()
-        self._pid_file.write_text(json.dumps({"pid": self._process.pid, "created": created}))
+        self._pid_file.write_text(json.dumps({"pid": self._process.pid}))
+        self._ended.clear()
+        threading.Thread(target=self._keep_checkpoints, daemon=True, name="checkpoints").start()
         log.info("i-PI started on %s in %s (pid %d)", source.name, self.folder, self._process.pid)
+
+    def _keep_checkpoints(self) -> None:
+        while not self._ended.wait(KEEP_SECONDS):
+            try:
+                self.keep_checkpoint()
+            except OSError as error:
+                log.warning("the last checkpoint in %s could not be copied: %s", self.folder, error)
+
+    def keep_checkpoint(self) -> None:
+        """Copy the newest whole checkpoint: a kill while i-PI writes it would leave none.  Raises: OSError."""
+        files = [file for pattern in self._checkpoints for file in self.folder.glob(pattern)]
+        kept = self.folder / KEPT
+        newest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+        if newest is None or (kept.exists() and newest.stat().st_mtime_ns == kept.stat().st_mtime_ns):
+            return
+        time_ns, content = newest.stat().st_mtime_ns, newest.read_bytes()
+        if not content.rstrip().endswith(b"</simulation>"):
+            return  # it is being written
+        partial = kept.with_name(kept.name + ".part")
+        partial.write_bytes(content)
+        os.utime(partial, ns=(time_ns, time_ns))
+        partial.replace(kept)
 
     @property
     def _pid_file(self) -> Path:
@@ -113,12 +143,16 @@ class IpiProcess:
         try:
             record = json.loads(self._pid_file.read_text())
             previous = psutil.Process(int(record["pid"]))
-            if abs(previous.create_time() - float(record["created"])) < 1.0:
+            if self._is_ours(previous):
                 log.warning("ending the i-PI that an earlier driver left in %s (pid %d)", self.folder, previous.pid)
                 _end(previous, terminate_seconds=10.0)
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             pass
         self._pid_file.unlink(missing_ok=True)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        """Whether it is an i-PI in this folder; times of creation do not tell, for they follow the clock when that is set."""
+        return Path(process.cwd()) == self.folder.resolve() and any(Path(word).name == "i-pi" for word in process.cmdline())
 
     def _prepare(self) -> Path:
         """The file to run, in the folder, with the files it names."""
@@ -141,8 +175,8 @@ class IpiProcess:
         return target
 
     def _furthest_restart(self) -> Path | None:
-        """RESTART or the checkpoint with the largest step; a torn file is passed over."""
-        patterns = ("RESTART", *read_input(self.xml).checkpoint_files)
+        """RESTART or the checkpoint with the largest step, or what this start began with; a torn file is passed over."""
+        patterns = ("RESTART", KEPT, "restart.xml", *read_input(self.xml).checkpoint_files)
         files = {file for pattern in patterns for file in self.folder.glob(pattern)}
         steps = {file: step for file in sorted(files) if (step := _restart_number(file, "step")) is not None}
         return max(steps, key=lambda file: (steps[file], file.name == "RESTART"), default=None)
@@ -159,7 +193,7 @@ class IpiProcess:
                 text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", str(source.resolve()), text)
             elif overwrite or not (self.folder / name).exists():
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, self.folder / name)
+                shutil.copyfile(source, self.folder / name)  # not its mode: the umask rules
         return text
 
     @property
@@ -197,6 +231,7 @@ class IpiProcess:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             return False
+        self._ended.set()
         self._pid_file.unlink(missing_ok=True)
         with contextlib.suppress(EnvironmentProblem):  # another i-PI has taken the address
             self._remove_stale_sockets()
@@ -246,16 +281,17 @@ class IpiProcess:
         restart = self._furthest_restart()
         step = None if restart is None else _restart_number(restart, "step")
         if restart is not None and step is not None:
-            if step >= read_input(self.xml).total_steps:
+            total = read_input(self.xml).total_steps
+            if step >= total:
                 return True
-            if step >= (_restart_number(restart, "total_steps") or 0):
-                return False  # complete, until the user raised <total_steps>
+            if total != _restart_number(restart, "total_steps"):
+                return False  # whatever the log says, it was before the user changed <total_steps>
         text = self._log_since_start()
         cut_short = ("EXIT file detected", "Wall clock time expired", "Maximum wallclock", "Kill signal", "Client shutdown")
         return not self.is_running and "I-PI reports success" in text and not any(words in text for words in cut_short)
 
 
-def _script() -> Path:
+def ipi_script() -> Path:
     """The `i-pi` of this environment.  Raises: EnvironmentProblem without one."""
     beside = Path(sysconfig.get_path("scripts")) / "i-pi"
     found = beside if beside.is_file() else shutil.which("i-pi")

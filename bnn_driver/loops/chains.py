@@ -47,13 +47,12 @@ class Chains:
         Args: rounds: the labels of every round so far; generation n has learnt the first n of them.
         Raises: DivergedError when an update diverged at every attempt.
         """
-        if weights.latest(self.folder) is None:
-            weights.publish(self.folder, foundation_generation(self.model, self.config.ensemble.members))
-        generation = weights.load_latest(self.folder)
-        if generation is None or generation.number > len(rounds):
+        generation = weights.settle(self.folder)
+        if generation is None:
+            generation = foundation_generation(self.model, self.config.ensemble.members)
+            weights.publish(self.folder, generation)
+        if generation.number > len(rounds):
             generation = weights.load(self.folder, len(rounds))
-        elif generation.number != weights.latest(self.folder):
-            weights.go_back(self.folder, generation.number)
         for number in range(generation.number, len(rounds)):
             labels = [item for some in rounds[: number + 1] for item in some]
             generation = self._next(generation, labels)

@@ -116,6 +116,8 @@ class Driver:
         self.coverage = {criterion.name: Coverage() for criterion in policy.criteria}
         self._observed: set[str] = set()
         self._take_new_labels(told=False)
+        self.before_asking: Callable[[int], None] = lambda count: None
+        """Called with the number of labels about to be asked for; may raise instead."""
         self._replied = time.monotonic()
 
     @property
@@ -192,6 +194,8 @@ class Driver:
             if all(b in labelled for b in asked):
                 self._queue_audits(frames, prediction, decisions)
                 return prediction, decisions, labelled
+            if self.ensemble.generation == 0:  # members without a spread judge nothing
+                self._wait_for_chains(0)
             self._swap(self.chains.newest())
 
     def _known(
@@ -203,7 +207,7 @@ class Driver:
 
     def _queue_audits(self, frames: Frames, prediction: Prediction, decisions: Sequence[Decision]) -> None:
         for b, decision in enumerate(decisions):
-            if decision.criterion == "audit" and not self.labelling.was_audited(*self.counter.moment(b)):
+            if decision.criterion == "audit" and not self._was_labelled(frames[b], b):
                 self.labelling.audit(frames[b], self._context(frames, prediction, decision, b), self.warn)
 
     def _tell_of_dropped(self, before: Sequence[Decision], after: Sequence[Decision]) -> None:
@@ -224,6 +228,7 @@ class Driver:
         # beads of one ring must not be served by different weights
         whole_ring = self.counter.at_ring_start
         chosen = worst_first[: self.settings.ask_at_once] if whole_ring else worst_first
+        self.before_asking(len(chosen))
         contexts = [self._context(frames, prediction, decisions[b], b) for b in chosen]
         changed = partial(self._has_new_weights, prediction.generation) if whole_ring else None
         answers = self.labelling.ask([frames[b] for b in chosen], contexts, changed)
@@ -236,6 +241,10 @@ class Driver:
 
     def _has_new_weights(self, generation: int) -> bool:
         return self.chains.newest() != generation
+
+    def _was_labelled(self, frame: Frames, b: int) -> bool:
+        """Whether an audit would be of a moment or of a structure that has its label: both come again when i-PI steps back."""
+        return self.labelling.was_audited(*self.counter.moment(b)) or self.labelling.known(frame) is not None
 
     def _learn(self, answer: LabelledFrame) -> None:
         """Take the calibration pair, of what was believed before the label came."""

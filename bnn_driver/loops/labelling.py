@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bnn_driver.errors import GuardStop, OracleError
+from bnn_driver.errors import EnvironmentProblem, GuardStop, OracleConfigError, OracleError
 from bnn_driver.executors import frame_from_facts, frame_to_facts
+from bnn_driver.loops.quarantine import RESTART_TOLERANCE, Breaker, Quarantine
 from bnn_driver.records import Frames, Label, LabelledFrame
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import write_atomic
@@ -23,15 +24,17 @@ ASKED, AUDIT = 0, 1
 """Priorities: a held reply goes before an audit."""
 POLL_SECONDS = 0.05
 """Between two looks for new weights while frames wait for their turn."""
-RESTART_TOLERANCE = 1e-6
-"""Å; i-PI's RESTART keeps 9 digits, so the first frame after a restart differs by about 1e-8."""
 
 
 class Executor(Protocol):
-    """What labels frames: `bnn_driver.executors.LocalExecutor`."""
+    """What labels frames: `bnn_driver.executors.pool.Pool`."""
 
     def submit(self, frame: Frames, *, priority: int = 0) -> Future[Label]:
         """Label one frame."""
+
+    @property
+    def workers(self) -> int:
+        """Labels at a time."""
 
 
 class Labelling:
@@ -39,11 +42,18 @@ class Labelling:
 
     Before a frame is submitted its context is written to `pending/`; the oracle's process writes its result to its spool before
     it answers; then the label file is written and the pending file removed.  After a kill at any moment `recover` finishes what
-    was begun.
+    was begun.  A frame that cannot be labelled goes to quarantine, with the reason.
     """
 
     def __init__(
-        self, store: LabelStore, executor: Executor, pending: Path, fingerprint: str, max_labels: int | None, walker: str = ""
+        self,
+        store: LabelStore,
+        executor: Executor,
+        pending: Path,
+        fingerprint: str,
+        max_labels: int | None,
+        quarantine: Quarantine,
+        walker: str = "",
     ) -> None:
         self.walker = walker
         self.store = store
@@ -51,6 +61,8 @@ class Labelling:
         self.pending = pending
         self.fingerprint = fingerprint
         self.max_labels = max_labels
+        self.quarantine = quarantine
+        self._breaker = Breaker()
         self._audits: dict[str, tuple[Future[Label], Frames, dict[str, Any]]] = {}
         self._audited = {_moment(item.context) for item in store.all() if item.context.get("audit") and self.is_own(item)}
         self._budget_told = False
@@ -90,6 +102,7 @@ class Labelling:
             try:
                 results.append(self._adopt(frame, future.result(), context))
             except OracleError as error:
+                self._give_up(frame, context, error)
                 failures.append(error)
         if failures:
             raise type(failures[0])("\n".join(str(error) for error in failures)) from failures[0]
@@ -118,6 +131,7 @@ class Labelling:
             self._budget_told = True
             return
         self._audited.add(_moment(context))
+        self._breaker.check()
         future = self._submit(frame, context, AUDIT)
         self._audits[frame.content_id(self.fingerprint)] = (future, frame, context)
 
@@ -136,7 +150,7 @@ class Labelling:
             try:
                 arrived.append(self._adopt(frame, future.result(), context))
             except OracleError as error:
-                self._pending_file(name).unlink(missing_ok=True)
+                self._give_up(frame, context, error)
                 on_failure(f"audit of step {context['step']}: {type(error).__name__}: {error}")
         return arrived
 
@@ -158,6 +172,11 @@ class Labelling:
 
     def _submit(self, frame: Frames, context: dict[str, Any], priority: int) -> Future[Label]:
         name = frame.content_id(self.fingerprint)
+        refusal = self.quarantine.refusal(frame)
+        if refusal is not None:
+            refused: Future[Label] = Future()
+            refused.set_exception(refusal)
+            return refused
         write_atomic(self._pending_file(name), _pending_text(frame, context).encode())
         return self.executor.submit(frame, priority=priority)
 
@@ -166,8 +185,20 @@ class Labelling:
             context = context | {"walker": self.walker}
         number = self.store.write(LabelledFrame(frame, label, context))
         self._pending_file(label.frame_id).unlink(missing_ok=True)
+        self.quarantine.release(frame)
+        self._breaker.count(False)
         log.info("label %d at step %s (%s): %.1f s", number, context["step"], context["criterion"], label.seconds)
         return self.store.read(number)
+
+    def _give_up(self, frame: Frames, context: dict[str, Any], error: OracleError) -> None:
+        """Put a frame without a label aside; wrong settings of the oracle are not the frame's fault."""
+        name = frame.content_id(self.fingerprint)
+        self._pending_file(name).unlink(missing_ok=True)
+        if isinstance(error, OracleConfigError):
+            return
+        self._breaker.count(True)
+        if self.quarantine.refusal(frame) is None:
+            log.warning("the frame of step %s is kept in %s", context["step"], self.quarantine.add(frame, name, context, error))
 
     def _pending_file(self, name: str) -> Path:
         return self.pending / f"{name}.json"
@@ -187,5 +218,12 @@ def _pending_text(frame: Frames, context: dict[str, Any]) -> str:
 
 
 def _read_pending(file: Path) -> tuple[Frames, dict[str, Any]]:
-    facts = json.loads(file.read_text())
-    return frame_from_facts(facts["frame"]), facts["scalars"] | {k: np.array(v, dtype=float) for k, v in facts["arrays"].items()}
+    try:
+        facts = json.loads(file.read_text())
+        arrays = {k: np.array(v, dtype=float) for k, v in facts["arrays"].items()}
+        return frame_from_facts(facts["frame"]), facts["scalars"] | arrays
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EnvironmentProblem(
+            f"{file} is no frame that waits for its label: {error}. Restore it, or remove it: a label of it that is still needed "
+            "is asked again"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from bnn_driver.errors import DivergedError, EnvironmentProblem
 from bnn_driver.loops.chain_update import Learner, update
@@ -18,12 +20,30 @@ from bnn_driver.records import Generation, LabelledFrame
 from bnn_driver.store import weights
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import EventLog, RunDirectory, write_atomic
+from bnn_driver.threads import THREADS
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
+PULSE_SECONDS = 1.0
 FAILED = "failed.json"
 """In generations/: the labels whose update diverged, so that nobody waits for it."""
+
+
+@dataclass
+class Pulse:
+    """A file that the trainer touches while it works; what does not move for long is taken for hung."""
+
+    file: Path
+    _touched: float = field(default=float("-inf"), init=False)
+
+    def beat(self, *_: object) -> None:
+        """Called after every step of the chains and between two looks for labels."""
+        now = time.monotonic()
+        if now - self._touched > PULSE_SECONDS:
+            self._touched = now
+            with contextlib.suppress(OSError):  # of a full disk the next label says more
+                self.file.touch()
 
 
 def serve_updates(
@@ -36,22 +56,24 @@ def serve_updates(
     """
     store = LabelStore(run.labels_dir)
     events = EventLog(run.events_dir)
+    previous: Generation | None = None
+    pulse = Pulse(pulse_file(run))
     while True:
+        pulse.beat()
         store.refresh()
-        previous = weights.load_latest(run.generations_dir)
+        if previous is None or weights.latest(run.generations_dir) != previous.number:
+            previous = weights.settle(run.generations_dir)
         if previous is None:
             raise EnvironmentProblem(
                 f"{run.generations_dir} holds no readable generation; remove the folder to begin from the labels"
             )
-        if previous.number != weights.latest(run.generations_dir):
-            weights.go_back(run.generations_dir, previous.number)
         labels = store.all()
         known = set(previous.label_ids) | failed_labels(run.generations_dir)
         new = [item for item in labels if item.label.frame_id not in known]
         if not _worth_an_update(new, audits_at_once):
             time.sleep(POLL_SECONDS)
             continue
-        generation = _try_update(learner, previous, store, events, retries)
+        generation = _try_update(learner, previous, store, events, retries, pulse)
         if generation is None:
             ids = [item.label.frame_id for item in labels]
             write_atomic(run.generations_dir / FAILED, json.dumps(ids).encode())
@@ -67,12 +89,14 @@ def _worth_an_update(new: list[LabelledFrame], audits_at_once: int | None) -> bo
     return any(not item.context["audit"] for item in new) or (audits_at_once is not None and len(new) >= audits_at_once)
 
 
-def _try_update(learner: Learner, previous: Generation, store: LabelStore, events: EventLog, retries: int) -> Generation | None:
+def _try_update(
+    learner: Learner, previous: Generation, store: LabelStore, events: EventLog, retries: int, pulse: Pulse
+) -> Generation | None:
     """The next generation, or None when every attempt diverged; each failure is said and recorded."""
     labels = store.all()
     for attempt in range(retries + 1):
         begin = time.monotonic()
-        generation, report = update(learner, previous, labels, attempt)
+        generation, report = update(learner, previous, labels, attempt, pulse.beat)
         seconds = time.monotonic() - begin
         facts = asdict(report) if report.finite else {"steps": report.steps, "reason": report.reason}
         events.append("update", generation=generation.number, labels=len(labels), seconds=seconds, attempt=attempt, **facts)
@@ -83,10 +107,71 @@ def _try_update(learner: Learner, previous: Generation, store: LabelStore, event
     return None
 
 
+def pulse_file(run: RunDirectory) -> Path:
+    """What the one trainer of all walkers touches."""
+    return run.generations_dir / "trainer.alive"
+
+
 def failed_labels(folder: Path) -> set[str]:
     """Ids of the labels of the last update that diverged."""
     file = folder / FAILED
     return set(json.loads(file.read_text())) if file.exists() else set()
+
+
+class Place(Protocol):
+    """Where the trainer runs, and what is known of it there."""
+
+    def start(self) -> None:
+        """Start the trainer; one that still runs is ended.  Raises: EnvironmentProblem."""
+
+    def ended(self) -> str:
+        """How it ended, for a message; empty while it runs, or will.  Raises: EnvironmentProblem when it never will."""
+
+    def waits(self) -> bool:
+        """Whether it has yet to begin, which may take a batch system any time."""
+
+    def stop(self) -> None:
+        """End it, with whatever was started for it."""
+
+
+@dataclass
+class Here:
+    """A child of the driver; a `Place`."""
+
+    run: RunDirectory
+    threads: int
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """Start the process; its output goes to log/trainer.log."""
+        self.stop()
+        environment = os.environ | dict.fromkeys(THREADS, str(self.threads))
+        with (self.run.log_dir / "trainer.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bnn_driver.loops.trainer_main", str(self.run.path)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=environment,
+            )
+
+    def ended(self) -> str:
+        """As `Place`."""
+        status = None if self._process is None else self._process.poll()
+        return "" if status is None else f"ended with status {status}"
+
+    def waits(self) -> bool:
+        """As `Place`."""
+        return False
+
+    def stop(self) -> None:
+        """As `Place`."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            self._process = None
 
 
 @dataclass
@@ -97,9 +182,17 @@ class TrainerProcess:
     """
 
     run: RunDirectory
-    threads: int
+    place: Place
+    stall_timeout: float
+    """s without a step of the chains after which it is taken for hung, killed and started again."""
     restarts: int = 3
-    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    """How often in a row, without a generation in between, it may end or hang."""
+    _started: bool = field(default=False, init=False)
+    _ends: int = field(default=0, init=False)
+    _ended_at: int = field(default=-1, init=False)
+    """The newest generation when it ended last."""
+    _pulse: tuple[int, float] = field(default=(0, 0.0), init=False)
+    """When the file was touched last, by the clock of the file system, and when that was seen, by a clock that never jumps."""
 
     def begin(self) -> None:
         """Start the process of a new start: labels whose update diverged before are tried again, with the settings of now."""
@@ -107,25 +200,14 @@ class TrainerProcess:
         self.start()
 
     def start(self) -> None:
-        """Start the process; its output goes to log/trainer.log."""
-        environment = os.environ | {
-            name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        }
-        with (self.run.log_dir / "trainer.log").open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "bnn_driver.loops.trainer_main", str(self.run.path)],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env=environment,
-            )
+        """Start the process, for the first time or again."""
+        self.place.start()
+        self._started, self._pulse = True, (0, time.monotonic())
 
     def stop(self) -> None:
         """End the process; an update under way is repeated at the next start."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self._started = False
+        self.place.stop()
 
     def newest(self) -> int:
         """Number of the newest published generation."""
@@ -157,11 +239,36 @@ class TrainerProcess:
             time.sleep(POLL_SECONDS)
 
     def _keep_alive(self) -> None:
-        if self._process is None or self._process.poll() is None:
+        if not self._started:
             return
-        if self.restarts == 0:
-            tail = (self.run.log_dir / "trainer.log").read_text(errors="replace")[-2000:]
-            raise EnvironmentProblem(f"the trainer process ended again and again; the end of its log:\n{tail}")
-        log.warning("the trainer process ended with status %s; starting it again", self._process.returncode)
-        self.restarts -= 1
+        how = self.place.ended()
+        if not how and not self._hangs():
+            return
+        how = how or f"did nothing for {self.stall_timeout:g} s ([trainer] stall_timeout)"
+        number = self.newest()
+        self._ends, self._ended_at = self._ends if number == self._ended_at else 0, number
+        if self._ends == self.restarts:
+            self.stop()
+            raise EnvironmentProblem(
+                f"the trainer process {how}, after {self._ends} starts in vain; the end of its log:\n{self._log_tail()}"
+            )
+        log.warning("the trainer process %s; starting it again", how)
+        self._ends += 1
         self.start()
+
+    def _log_tail(self) -> str:
+        file = self.run.log_dir / "trainer.log"
+        return file.read_text(errors="replace")[-2000:] if file.exists() else "(there is none: another walker's driver starts it)"
+
+    def _hangs(self) -> bool:
+        """Whether it made no step for longer than allowed; only a change of the file's time counts, for clocks may jump."""
+        if self.place.waits():
+            self._pulse = (self._pulse[0], time.monotonic())
+            return False
+        try:
+            touched = pulse_file(self.run).stat().st_mtime_ns
+        except OSError:
+            touched = 0
+        if touched != self._pulse[0]:
+            self._pulse = (touched, time.monotonic())
+        return time.monotonic() - self._pulse[1] > self.stall_timeout

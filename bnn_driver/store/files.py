@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ import numpy as np
 
 from bnn_driver.errors import BnnError, EnvironmentProblem
 
+LOCK_SECONDS = 120.0
+"""How long a writer waits for another one, whose writes take milliseconds."""
+LOCK_POLL_SECONDS = 1e-3
 #: Suffix of everything that is not finished; readers ignore it, the next owner of the folder's lock removes it.
 TEMPORARY = ".tmp"
 
@@ -104,8 +108,8 @@ def holder(role: str) -> dict[str, Any]:
 def folder_lock(folder: Path, wait: bool) -> Iterator[bool]:
     """Hold the right to write in `folder` against other processes and threads; yields False when it was not to be had.
 
-    Args: wait: True waits until the other writer is done (writes take milliseconds); False tries once.
-    Raises: EnvironmentProblem when `wait` and the file system gives no locks or no permission.
+    Args: wait: True waits until the other writer is done, LOCK_SECONDS at most; False tries once.
+    Raises: EnvironmentProblem when `wait` and the lock is not to be had: no locks, no permission, a writer that hangs.
     """
     try:
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -116,7 +120,7 @@ def folder_lock(folder: Path, wait: bool) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor, folder, LOCK_SECONDS if wait else 0.0)
         except OSError as error:
             if wait:
                 raise EnvironmentProblem(
@@ -127,6 +131,24 @@ def folder_lock(folder: Path, wait: bool) -> Iterator[bool]:
             yield True
     finally:
         os.close(descriptor)
+
+
+def _take(descriptor: int, folder: Path, seconds: float) -> None:
+    """Raises: BlockingIOError when it cannot be had at once and `seconds` is 0; EnvironmentProblem after them; OSError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if seconds == 0:
+                raise
+        if time.monotonic() > end:
+            raise EnvironmentProblem(
+                f"another process has held {folder / '.lock'} for {seconds:g} s: it hangs or was stopped. Find it with "
+                f"`fuser {folder / '.lock'}`, end it, and run the same command again"
+            )
+        time.sleep(LOCK_POLL_SECONDS)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -90,7 +90,12 @@ class RunDirectory:
     @property
     def spool_dir(self) -> Path:
         """Results of the oracle, of all walkers."""
-        return self.path / "oracle" / "spool"
+        return self.spool_of(self.path)
+
+    @staticmethod
+    def spool_of(path: Path) -> Path:
+        """The same for a run directory that may not exist yet."""
+        return path / "oracle" / "spool"
 
     @property
     def ipi_dir(self) -> Path:
@@ -159,25 +164,44 @@ class RunDirectory:
         if not self.settings_file.exists():
             write_atomic(self.settings_file, content)
             return {}
-        old = read_json(self.settings_file)
-        if not isinstance(old, dict) or not {"effective", "physics"} <= old.keys():
-            raise EnvironmentProblem(
-                f"{self.settings_file} has no tables effective and physics; restore it from a copy or start a new run directory"
-            )
-        unsaid = {key: value for key, value in _UNSAID.items() if key in physics}
-        forbidden = _differences(unsaid | old["physics"], new["physics"])
-        if forbidden:
-            lines = "\n".join(f"  {key}: was {_short(a)}, now {_short(b)}" for key, (a, b) in forbidden.items())
-            raise ConfigError(
-                f"{self.path} was begun with other physics, and its labels and weights cannot be mixed with the new:\n{lines}\n"
-                "Restore the old values, or give the new ones a run directory of their own ([run] directory)."
-            )
+        old = self.refuse_other_physics(physics)
         changed = _differences(old["effective"], new["effective"])
         if changed:
             write_atomic(self.settings_file, content)
             if events is not None:
                 events.append("settings", changed=changed)
         return changed
+
+    def refuse_other_physics(self, physics: dict[str, Any]) -> dict[str, Any]:
+        """The settings with which the run was begun.  Raises: ConfigError naming each physics key that differs, with both values."""
+        old: Any = read_json(self.settings_file)
+        if not isinstance(old, dict) or not {"effective", "physics"} <= old.keys():
+            raise EnvironmentProblem(
+                f"{self.settings_file} has no tables effective and physics; restore it from a copy or start a new run directory"
+            )
+        unsaid = {key: value for key, value in _UNSAID.items() if key in physics}
+        forbidden = _differences(unsaid | old["physics"], plain(physics))
+        if forbidden:
+            lines = "\n".join(f"  {key}: was {_short(a)}, now {_short(b)}" for key, (a, b) in forbidden.items())
+            raise ConfigError(
+                f"{self.path} was begun with other physics, and its labels and weights cannot be mixed with the new:\n{lines}\n"
+                "Restore the old values, or give the new ones a run directory of their own ([run] directory)."
+            )
+        return old
+
+    def live_owner(self, role: str) -> str | None:
+        """Who holds the lock of `role` now, in words; None when nobody does."""
+        try:
+            descriptor = os.open(self.lock_file(role), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _owner(os.pread(descriptor, 4096, 0).decode(errors="replace"))
+        finally:
+            os.close(descriptor)
+        return None
 
 
 class EventLog:
@@ -308,11 +332,15 @@ def _short(value: Any) -> str:
 
 def _locked_message(run: Path, role: str, content: str) -> str:
     owner = _parsed(content.encode()) or {}
-    who = f"pid {owner.get('pid', 'unknown')} on host {owner.get('host', 'unknown')} (since {owner.get('start', 'unknown')})"
     return (
-        f"{run} already has a live {role}: {who}. Wait for it, stop it there with `kill {owner.get('pid', 'PID')}`, "
+        f"{run} already has a live {role}: {_owner(content)}. Wait for it, stop it there with `kill {owner.get('pid', 'PID')}`, "
         "or use another run directory."
     )
+
+
+def _owner(content: str) -> str:
+    owner = _parsed(content.encode()) or {}
+    return f"pid {owner.get('pid', 'unknown')} on host {owner.get('host', 'unknown')} (since {owner.get('start', 'unknown')})"
 
 
 def _warn_of_other_host(path: Path, content: str) -> None:

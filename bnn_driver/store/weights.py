@@ -104,10 +104,19 @@ def load_latest(folder: Path) -> Generation | None:
     return None
 
 
-def go_back(folder: Path, number: int) -> None:
-    """Make an earlier generation the current one, when all later ones are damaged: the next update takes their place."""
-    with folder_lock(Path(folder), wait=True):
-        write_atomic(Path(folder) / _CURRENT, f"{number}\n".encode())
+def settle(folder: Path) -> Generation | None:
+    """`load_latest`, and make it the current one where that is damaged or was never named: the next update takes its place.
+
+    Raises: EnvironmentProblem, as `load_latest`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    with folder_lock(folder, wait=True):  # nobody publishes between the reading and the naming
+        generation = load_latest(folder)
+        if generation is not None and generation.number != _read_current(folder):
+            write_atomic(folder / _CURRENT, f"{generation.number}\n".encode())
+    return generation
 
 
 def label_ids(folder: Path, number: int) -> frozenset[str]:
@@ -200,7 +209,7 @@ def _is_whole(place: Path) -> bool:
 
 def _read_current(folder: Path) -> int | None:
     text = _bytes_or_none(folder / _CURRENT)
-    return int(text) if text is not None and text.strip().isdigit() else None
+    return int(text) if text is not None and text.endswith(b"\n") and text.strip().isdigit() else None
 
 
 def _bytes_or_none(path: Path) -> bytes | None:

@@ -46,6 +46,7 @@ from bnn_driver.loops.assembly import settle
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
 from bnn_driver.loops.labelling import Labelling
+from bnn_driver.loops.quarantine import Quarantine
 from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.params import repeat_weights
 from bnn_driver.records import Frames, Generation, Label, LabelledFrame, Prediction
@@ -101,7 +102,7 @@ def make_driver(ensemble: TimedEnsemble, folder: Path, beads: int) -> Driver:
              "predicted_energy": 0.0, "energy_predictive_sd": 1.0, "foundation_energy": 0.0}  # fmt: skip
     arrays = {name: np.zeros((len(ATOMS), 3)) for name in ("predicted_forces", "force_predictive_sd", "foundation_forces")}
     store.write(LabelledFrame(frame, label, facts | arrays))
-    labelling = Labelling(store, None, folder / "pending", "benchmark", None)  # type: ignore[arg-type]
+    labelling = Labelling(store, None, folder / "pending", "benchmark", None, Quarantine(folder / "quarantine", ""))  # type: ignore[arg-type]
     (folder / "events").mkdir()
     settings = DriverSettings(ATOMS.numbers, False, 0, 1, 0.1, WIDE, 0, 10, "scalars", 0, WIDE)
     policy = Policy((EnergyCriterion(WIDE),), 0.95, 0.0)

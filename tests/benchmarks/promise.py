@@ -1,6 +1,6 @@
 """The promise, measured: P(|error| >= accuracy) <= 5 % for what i-PI is served, judged on every frame of whole runs.
 
-    python tests/benchmarks/promise.py [--data ../shared/data] [--quick] [--seeds 1 2 3]
+    python tests/benchmarks/promise.py [--data ../shared/data] [--frames 4000] [--seeds 1 2 3]
 
 Foundation: the embedded model (GFN2-xTB); oracle: a MACE trained on coupled-cluster energies (`ani500k_small_CC` of the data
 folder); ethanol at 300 K, 1 kcal/mol, real i-PI.  Every frame that i-PI was served is evaluated by the teacher afterwards: `beyond` and
@@ -34,16 +34,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--quick", action="store_true", help="200 frames instead of 4000")
+    parser.add_argument("--frames", type=int, default=4000, help="steps times beads of every run")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    frames = 200 if arguments.quick else 4000
     rows = []
     for seed in arguments.seeds:
         for name, settings in VARIANTS.items():
             with tempfile.TemporaryDirectory(prefix="promise-") as folder:
-                steps = frames // settings.get("beads", 1)
+                steps = arguments.frames // settings.get("beads", 1)
                 teacher = (arguments.data / TEACHER).absolute()
                 run = Rehearsal(Path(folder) / "run", molecule("CH3CH2OH"), teacher, steps=steps, seed=seed, **settings)
                 minutes = run.run() / 60

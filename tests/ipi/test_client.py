@@ -534,3 +534,70 @@ def test_close_while_the_handler_works_lets_ipi_go_before_it_ends(ipi: FakeIpi):
     assert ipi.hear(12) == b""
     gate.set()
     assert serving.join(2.0) == "closed"
+
+
+def test_an_ipi_that_lives_and_says_nothing_is_given_up(ipi: FakeIpi):
+    lonely = Client(
+        [ipi.endpoint],
+        Harmonic(K),
+        shared_memory=False,
+        connect_timeout=3.0,
+        reconnects=9,
+        gather_seconds=0.0,
+        silence_timeout=0.3,
+    )
+    serving = Serving(lonely)
+    ipi.initialise()
+    begin = time.monotonic()
+    outcome = serving.join(5.0)
+    assert isinstance(outcome, IpiGone)
+    assert "nothing for 0.3 s" in str(outcome)
+    assert "silence_timeout" in str(outcome)
+    assert time.monotonic() - begin < 3.0
+
+
+def test_a_silence_that_is_ours_is_no_silence_of_ipi(make: Callable[[int], list[FakeIpi]]):
+    busy, idle = make(2)
+
+    def slow(request: Request) -> Reply:
+        time.sleep(1.0)
+        return Harmonic(K)(request)
+
+    both = Client(
+        [busy.endpoint, idle.endpoint],
+        slow,
+        shared_memory=False,
+        connect_timeout=3.0,
+        reconnects=0,
+        gather_seconds=0.0,
+        silence_timeout=0.6,
+    )
+    serving = Serving(both)
+    for fake in (busy, idle):
+        fake.initialise()
+    x, cell = frames(1)
+    busy.ask(x, cell)
+    expect(busy.forces(1, 4), x)
+    for fake in (busy, idle):
+        fake.say(wire.EXIT)
+        fake.server.close()
+    assert serving.join(5.0) == "exit"
+
+
+def test_a_reply_that_was_lost_on_the_way_is_sent_again_and_not_computed_again(ipi: FakeIpi):
+    handler = Harmonic(K)
+    serving = Serving(client([ipi], handler, reconnects=3))
+    ipi.initialise()
+    x, cell = frames(1)
+    ipi.ask(x, cell)
+    assert ipi.hear(20)[:12] == b"FORCEREADY  "  # the connection breaks in the middle of the reply
+    ipi.initialise()
+    ipi.ask(x, cell)
+    expect(ipi.forces(1, 4), x)
+    assert handler.sizes == [1]
+    ipi.ask(x, cell)  # the same structure as a step of its own is a step
+    expect(ipi.forces(1, 4), x)
+    assert handler.sizes == [1, 1]
+    ipi.say(wire.EXIT)
+    ipi.server.close()
+    assert serving.join(5.0) == "exit"

@@ -256,7 +256,9 @@ def test_ipi_ends_with_a_restart_when_the_driver_is_killed(tmp_path: Path):
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
         assert "i-pi" in " ".join(child.cmdline())
-        time.sleep(0.5)
+        end = time.monotonic() + 30
+        while not (tmp_path / "run" / "sim.out").read_text() and time.monotonic() < end:
+            time.sleep(0.05)  # an i-PI before its first step has no RESTART to write
         parent.kill()
     gone, _ = psutil.wait_procs([child], timeout=5.0)
     assert gone or child.status() == psutil.STATUS_ZOMBIE
@@ -278,9 +280,41 @@ def test_ipi_left_by_an_earlier_driver_is_ended_and_its_socket_taken_over(tmp_pa
             second.stop(0.0, 3.0)
 
 
+OFTEN = Setup().output + "<checkpoint stride='4'/>"
+
+
+@pytest.mark.ipi
+def test_the_last_whole_checkpoint_is_kept_while_ipi_writes_the_next(tmp_path: Path):
+    with running(Setup(steps=12, output=OFTEN), tmp_path) as (process, effective):
+        assert client_of(effective, Harmonic()).serve() == "exit"
+        assert process.wait(5.0)
+        (written,) = (file for pattern in effective.checkpoint_files for file in process.folder.glob(pattern))
+        process.keep_checkpoint()
+        whole = written.read_bytes()
+        (process.folder / "RESTART").unlink()
+        for torn in (b"", whole[: len(whole) // 2]):  # i-PI opens the file before it makes its text
+            written.write_bytes(torn)
+            process.keep_checkpoint()
+            assert (process.folder / "kept.checkpoint").read_bytes() == whole
+            assert process.reached() == 12
+
+
+@pytest.mark.ipi
+def test_what_a_start_began_with_is_the_last_resort(tmp_path: Path):
+    with running(Setup(steps=8, output=OFTEN), tmp_path) as (process, effective):
+        assert client_of(effective, Harmonic()).serve() == "exit"
+        assert process.wait(5.0)
+    Setup(steps=16, output=OFTEN).write(tmp_path)
+    process.start()
+    process.stop(0.0, 3.0)
+    for file in (process.folder / "RESTART", *process.folder.glob("*check*"), *process.folder.glob("*restart")):
+        file.unlink(missing_ok=True)
+    assert process.reached() == 8
+
+
 def test_recorded_pid_that_is_another_program_now_is_left_alone(tmp_path: Path):
     process = IpiProcess(tmp_path / "user.xml", tmp_path, tmp_path / "log")
-    (tmp_path / "ipi.pid").write_text(f'{{"pid": {os.getpid()}, "created": 1.0}}')
+    (tmp_path / "ipi.pid").write_text(f'{{"pid": {os.getpid()}}}')
     process._end_previous()  # this test is still alive
     assert not (tmp_path / "ipi.pid").exists()
 

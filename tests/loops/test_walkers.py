@@ -187,3 +187,21 @@ def test_settings_of_walkers_that_cannot_be_meant(tmp_path: Path, ipi: str, mess
     config.write_text(config.read_text().replace('input = "input.xml"', ipi))
     with pytest.raises(ConfigError, match=message):
         read_config(config)
+
+
+def test_check_looks_at_every_walker(tmp_path: Path) -> None:
+    config = write_run(tmp_path, steps=20, walkers=2)
+    checked = program("check", config)
+    assert checked.returncode == 0, checked.stderr
+    assert "[w0] " in checked.stdout
+    assert "[w1] " in checked.stdout
+    assert checked.stdout.count("would begin") == 2
+    assert not (tmp_path / "run").exists(), "nothing is made"
+    assert "[w1]" not in program("check", config, "--walker", "w0").stdout
+    second = tmp_path / "w1.xml"
+    address = (tmp_path / "w0.xml").read_text().partition("<address>")[2].partition("<")[0]
+    other = second.read_text().partition("<address>")[2].partition("<")[0]
+    second.write_text(second.read_text().replace(other, address))
+    clash = program("check", config)
+    assert clash.returncode == 2
+    assert "both listen on" in clash.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ ZUNDEL = Frames(
     ),
     charge=1,
 )
+METHYL = Frames(
+    np.array([6, 1, 1, 1]),
+    np.array([[[0.03, -0.02, 0.35], [1.05, 0.04, 0.01], [-0.53, 0.92, -0.05], [-0.5, -0.95, 0.02]]]),
+    charge=1,
+)
+"""Without unpaired electrons as a cation and as an anion: a restricted state is stable in both."""
 ALLOY = Frames(
     np.array([29, 79, 29, 47]),
     np.array([[[0.05, -0.02, 0.13], [2.03, 1.94, -0.06], [1.88, 0.14, 2.05], [-0.08, 2.11, 1.97]]]),
@@ -62,8 +68,10 @@ class Subject:
     """Without its cell it is the molecule."""
     atom: int = 2
     """A closed-shell element that the code knows."""
+    ion: Frames = ZUNDEL
+    """Labelled where charge is supported."""
     other_charge: int = -1
-    """Of the Zundel ion, where charge is supported: another number of electron pairs."""
+    """Of the ion: another number of electron pairs."""
     unconverged: dict[str, Any] = field(default_factory=dict)
     """Settings with which it does not converge; empty where nothing is iterated."""
     elsewhere: frozenset[str] = frozenset()
@@ -74,6 +82,9 @@ class Subject:
     """Settings with which every label is a cold one."""
     needs: str = "ase"
     """The module without which it is skipped."""
+    crystals_only: bool = False
+    egg_box: float = 0.0
+    """What is added to `invariance` where the atoms move against a grid that stays."""
 
     def oracle(self, **changes: Any) -> Oracle:
         pytest.importorskip(self.needs)
@@ -99,11 +110,58 @@ PYSCF = Subject(
     "pyscf", "pyscf", {"method": "rhf", "basis": "sto-3g"}, 1e-3, 2e-4, 1e-5,
     physics={"method": "uhf", "basis": "6-31g", "density_fit": False, "auxiliary_basis": "def2-universal-jkfit",
              "conv_tol": "1e-8 hartree", "conv_tol_grad": 1e-5},
-    mechanics={"max_cycle": 100, "stability": "always", "small_gap": "1 eV", "max_memory": 2000},
+    mechanics={"max_cycle": 100, "stability": "always", "small_gap": "1 eV", "initial_guess": "previous", "device": "gpu",
+               "max_memory": 2000},
     spelt={"conv_tol": "1e-10 hartree"},
     unconverged={"max_cycle": 2, "basis": "def2-svp"},
-    elsewhere=frozenset({"xc", "dispersion", "grid_level", "grid_response"}),
+    elsewhere=frozenset({"xc", "dispersion", "grid_level", "grid_response", "correlation", "frozen_core"}),
     needs="pyscf",
+    ion=METHYL,
+)  # fmt: skip
+_PYSCF = PYSCF.settings.keys() | PYSCF.physics.keys() | PYSCF.mechanics.keys() | PYSCF.elsewhere
+PYSCF_D3 = Subject(
+    "pyscf-d3", "pyscf", {"method": "rks", "xc": "pbe", "basis": "sto-3g", "dispersion": "d3bj"}, 1e-3, 2e-4, 1e-2,
+    physics={"xc": "blyp", "dispersion": "d4", "grid_level": 3, "grid_response": False},
+    mechanics={},
+    spelt={"correlation": ""},
+    unconverged={"max_cycle": 2},
+    elsewhere=_PYSCF,
+    needs="pyscf.dispersion",
+    ion=METHYL,
+)  # fmt: skip
+PYSCF_MP2 = Subject(
+    "pyscf-mp2", "pyscf", {"method": "uhf", "basis": "6-31g", "correlation": "mp2", "density_fit": False}, 1e-3, 2e-4, 1e-5,
+    physics={"method": "rhf", "correlation": "ccsd", "frozen_core": True, "basis": "sto-3g"},
+    mechanics={},
+    spelt={"dispersion": ""},
+    ion=METHYL,
+    unconverged={"max_cycle": 1, "basis": "def2-svp"},
+    elsewhere=_PYSCF,
+    needs="pyscf",
+)  # fmt: skip
+PYSCF_CC = replace(
+    PYSCF_MP2,
+    name="pyscf-ccsd(t)",
+    settings=PYSCF_MP2.settings | {"correlation": "ccsd(t)"},
+)
+HYDROGEN = Frames(
+    np.array([1, 1]),
+    np.array([[[0.05, -0.02, 0.03], [0.61, 0.45, 0.32]]]),
+    np.array([[[2.6, 0.3, -0.2], [0.1, 2.4, 0.4], [-0.3, 0.2, 2.9]]]),
+)
+PYSCF_PERIODIC = Subject(
+    "pyscf-periodic", "pyscf_periodic",
+    {"method": "rks", "xc": "pbe", "basis": "gth-szv", "pseudopotential": "gth-pbe", "mesh": [21, 21, 25]}, 1e-3, 1e-4, 1e-6,
+    physics={"method": "uks", "xc": "lda,vwn", "basis": "gth-dzvp", "pseudopotential": "gth-pade", "kpoints": [2, 1, 1],
+             "mesh": [], "dispersion": "d3bj", "conv_tol": "1e-8 hartree", "conv_tol_grad": 1e-5},
+    mechanics={"max_cycle": 100, "stability": "always", "small_gap": "1 eV", "initial_guess": "previous", "max_memory": 2000},
+    spelt={"kpoints": [1, 1, 1]},
+    crystal=HYDROGEN,
+    unconverged={"max_cycle": 1},
+    elsewhere=frozenset({"ke_cutoff"}),
+    needs="pyscf",
+    crystals_only=True,
+    egg_box=1e-2,
 )  # fmt: skip
 _XTB = {"verbosity": 0, "accuracy": 0.1}
 ASE_TBLITE = Subject(
@@ -164,4 +222,4 @@ SOCKET = Subject(
     needs="tblite",
 )  # fmt: skip
 
-SUBJECTS = [TOY, TBLITE, PYSCF, ASE_TBLITE, EMT, CANDID, MODEL, SOCKET]
+SUBJECTS = [TOY, TBLITE, PYSCF, PYSCF_D3, PYSCF_MP2, PYSCF_CC, PYSCF_PERIODIC, ASE_TBLITE, EMT, CANDID, MODEL, SOCKET]

@@ -93,15 +93,110 @@ def test_settings_that_can_never_work_are_refused_by_the_check(settings: dict[st
         pyscf(**settings).check(frame)
 
 
-def test_a_missing_dispersion_package_is_named() -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.metadata.version
+
+    def without(package: str) -> str:
+        if package == "pyscf-dispersion":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return find(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    with pytest.raises(EnvironmentProblem, match="pip install pyscf-dispersion"):
+        pyscf(dispersion="d3bj").check(water())
+
+
+@pytest.mark.parametrize("settings", [{"dispersion": "d4"}, {"dispersion": "d3bj", "method": "uhf", "xc": ""}], ids=str)
+def test_dispersion_has_forces(settings: dict[str, Any]) -> None:
+    pytest.importorskip("pyscf.dispersion")
+    oracle, h = pyscf(basis="sto-3g", **settings), 1e-3
+    energies = []
+    for sign in (1, -1):
+        moved = water().positions.copy()
+        moved[0, 1, 0] += sign * h
+        energies.append(label(oracle, Frames(water().numbers, moved)).energy)
+    slope = -(energies[0] - energies[1]) / (2 * h)
+    assert label(oracle, water()).forces[1, 0] == pytest.approx(slope, abs=2e-4)
+    bare = pyscf(**{"basis": "sto-3g"} | settings | {"dispersion": ""})
+    assert label(oracle, water()).energy < label(bare, water()).energy - 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"dispersion": "d5"}, "d5.*is unknown; pyscf knows d3bj"),
+        ({"dispersion": "d3bj", "xc": "lda,vwn"}, "no parameters for xc = 'lda,vwn'.*d3bj:pbe"),
+        ({"dispersion": "d4:nonsense"}, "no parameters for xc = 'nonsense'"),
+    ],
+)
+def test_dispersion_that_does_not_exist_is_refused_by_the_check(settings: dict[str, Any], expected: str) -> None:
+    pytest.importorskip("pyscf.dispersion")
+    with pytest.raises(OracleConfigError, match=expected):
+        pyscf(**settings).check(water())
+
+
+def test_dispersion_takes_the_place_of_nonlocal_correlation() -> None:
+    """ωB97M-D3(BJ) is ωB97M-V without VV10; with both, dispersion would count twice."""
+    pytest.importorskip("pyscf.dispersion")
+    oracle = pyscf(xc="wb97m_v", dispersion="d3bj:wb97m")
+    mean_field = oracle._mean_field(oracle._checked(water()))
+    assert not mean_field.do_nlc()
+    bare = pyscf(xc="wb97m_v")
+    assert bare._mean_field(bare._checked(water())).do_nlc()
+
+
+def test_the_density_of_the_label_before_saves_cycles_only() -> None:
+    near = water().positions.copy()
+    near[0, 1, 0] += 0.002
+    frame = Frames(water().numbers, near)
+    warm, cold = hartree_fock(initial_guess="previous", basis="def2-svp"), hartree_fock(basis="def2-svp")
+    first, second, expected = label(warm, water()), label(warm, frame), label(cold, frame)
+    assert "began cold" in first.evidence
+    assert "began with the density of the label before" in second.evidence
+    # measured 1e-10 eV and 3e-6 eV/Å
+    assert second.energy == pytest.approx(expected.energy, abs=1e-7)
+    np.testing.assert_allclose(second.forces, expected.forces, atol=1e-4)
+    # other atoms, or a failure, and nothing is lent
+    assert "began cold" in label(warm, Frames(np.array([2]), np.zeros((1, 1, 3)))).evidence
+    label(warm, water())
+    with pytest.raises(UnstableState):
+        label(warm, water(2.5))
+    assert "began cold" in label(warm, water()).evidence
+
+
+def test_a_lent_density_that_leads_nowhere_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A density far from any solution: the SCF that fails from it begins again, cold, on the same rung."""
+    oracle = hartree_fock(initial_guess="previous", max_cycle=12)
+    wild = np.diag([0.0, 0, 0, 0, 0, 5, 5]) + 3.0
+    oracle._last.put(water(), wild)
+    result, cold = label(oracle, water()), label(hartree_fock(), water())
+    assert result.energy == pytest.approx(cold.energy, abs=1e-7)
+
+
+def test_hartree_fock_is_tested_at_gaps_where_functionals_are_safe() -> None:
+    """At 1.6 Å the restricted state of water has a gap of 14 eV and is no minimum; PBE's, with 2 eV, is one."""
+    with pytest.raises(UnstableState, match="unstable towards an unrestricted one"):
+        label(hartree_fock(basis="def2-svp"), water(1.6))
+    assert label(pyscf(), water(1.6)).rung == 0
+
+
+def test_a_device_that_is_missing_is_named() -> None:
     try:
-        importlib.metadata.version("pyscf-dispersion")
-    except importlib.metadata.PackageNotFoundError:
-        with pytest.raises(EnvironmentProblem, match="pip install pyscf-dispersion"):
-            pyscf(dispersion="d3bj").check(water())
+        import gpu4pyscf  # noqa: F401
+    except ImportError:
+        with pytest.raises(EnvironmentProblem, match="pip install gpu4pyscf"):
+            pyscf(device="gpu").check(water())
     else:
-        plain, corrected = label(pyscf(), water()), label(pyscf(dispersion="d3bj"), water())
-        assert corrected.energy < plain.energy
+        pytest.skip("gpu4pyscf is installed")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"method": "uks", "xc": "b3lyp"}, {"max_cycle": 4}, {"stability": "always"}], ids=str)
+def test_the_gpu_gives_the_label_of_the_cpu(settings: dict[str, Any]) -> None:
+    pytest.importorskip("gpu4pyscf")
+    there, here = label(pyscf(device="gpu", **settings), water()), label(pyscf(**settings), water())
+    assert there.energy == pytest.approx(here.energy, abs=1e-5)
+    np.testing.assert_allclose(there.forces, here.forces, atol=1e-4)
 
 
 def test_heavy_elements_get_the_core_potential_of_their_basis() -> None:

@@ -34,6 +34,25 @@ def test_output_and_errors_go_to_files_and_input_is_empty(tmp_path: Path) -> Non
     assert last_words(tmp_path, "out.txt").endswith("    alas")
 
 
+def test_parsls_prefix_stands_for_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARSL_MPI_PREFIX", "env ranks='a b'")
+    words = program("code", f"$PARSL_MPI_PREFIX {sys.executable} -c 'import os; print(os.environ[\"ranks\"])'")
+    assert words[:3] == ["env", "ranks=a b", sys.executable]
+    run("code", words, tmp_path, "out.txt")
+    assert (tmp_path / "out.txt").read_text() == "a b\n"
+
+
+def test_parsls_prefix_is_never_dropped_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PARSL_MPI_PREFIX", raising=False)
+    words = program("code", f"$PARSL_MPI_PREFIX {sys.executable}")  # the driver can check the program
+    with pytest.raises(OracleConfigError, match=r"only \[executor.mpi\] gives a meaning"):
+        run("code", words, tmp_path, "out.txt")
+    with pytest.raises(EnvironmentProblem, match="no program here"):
+        program("code", "$PARSL_MPI_PREFIX no-such-program")
+    with pytest.raises(OracleConfigError, match="no program after"):
+        program("code", "$PARSL_MPI_PREFIX")
+
+
 def test_no_shell_sees_the_command(tmp_path: Path) -> None:
     words = program("code", f"{sys.executable} -c 'import sys; print(sys.argv[1:])' '$HOME' '*' ';' 'a b'")
     run("code", words, tmp_path, "out.txt")

@@ -11,7 +11,7 @@ from stand_ins.inputs import aims_command, aims_folder, species_folder, water
 
 from bnn_driver.errors import OracleConfigError
 from bnn_driver.executors import LocalExecutor
-from bnn_driver.loops.session import check_session
+from bnn_driver.loops.checking import check_session
 from bnn_driver.oracle import absolute_paths, fingerprint, load_oracle
 from bnn_driver.records import Frames
 
@@ -62,8 +62,9 @@ def test_the_config_names_the_folder_relative_to_itself(tmp_path: Path, monkeypa
         f"[oracle]\nkind = 'aims'\n[oracle.aims]\ncommand = [{command}]\nfolder = 'aims_inputs'\n"
     )
     monkeypatch.chdir(tmp_path)
-    said = check_session(config)
-    assert f"fingerprint {fingerprint(load_oracle('aims', {'command': 'x', 'folder': str(inputs)}))[:12]}" in said
+    said: list[str] = []
+    check_session(config, lambda name, text: said.append(text))
+    assert f"fingerprint {fingerprint(load_oracle('aims', {'command': 'x', 'folder': str(inputs)}))[:12]}" in "\n".join(said)
     (inputs / "control.in").write_text("xc pbe\nrelax_geometry bfgs 1e-2\n")
     with pytest.raises(OracleConfigError, match=rf"{inputs}/control\.in, line 2: relax_geometry bfgs 1e-2 moves the atoms"):
-        check_session(config)
+        check_session(config, lambda name, text: None)

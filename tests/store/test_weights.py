@@ -11,7 +11,7 @@ from awkward import assert_same
 
 from bnn_driver.errors import BnnError, EnvironmentProblem
 from bnn_driver.records import Generation
-from bnn_driver.store.weights import go_back, label_ids, latest, load, load_latest, prune, publish
+from bnn_driver.store.weights import label_ids, latest, load, load_latest, prune, publish, settle
 
 
 def make(number: int) -> Generation:
@@ -140,9 +140,25 @@ def test_after_a_damaged_generation_the_next_update_takes_its_place(tmp_path: Pa
         publish(tmp_path, make(number))
     damaged = tmp_path / "000002" / "weights.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
-    undamaged = load_latest(tmp_path)
-    assert undamaged.number == 1
-    go_back(tmp_path, 1)
+    undamaged = settle(tmp_path)
+    assert undamaged is not None
+    assert undamaged.number == latest(tmp_path) == 1
     publish(tmp_path, make(2))
     assert load(tmp_path, 2).number == 2
     assert label_ids(tmp_path, 2) == frozenset(make(2).label_ids)
+
+
+def test_a_whole_generation_that_was_never_named_becomes_the_current_one(tmp_path: Path):
+    publish(tmp_path, make(0))
+    (tmp_path / "current").unlink()
+    settled = settle(tmp_path)
+    assert settled is not None
+    assert (tmp_path / "current").read_text() == "0\n"
+    assert settle(tmp_path / "absent") is None
+
+
+def test_a_torn_current_is_not_taken_for_a_smaller_number(tmp_path: Path):
+    for number in range(13):
+        publish(tmp_path, make(number))
+    (tmp_path / "current").write_text("1")  # of "12\n"
+    assert latest(tmp_path) == 12

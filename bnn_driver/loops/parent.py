@@ -1,0 +1,17 @@
+"""The end of a process whose parent is gone; imports nothing heavy, so that it can begin before what does."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+
+def end_with_parent() -> None:
+    """End this process at once when standard input closes, which it does when the parent is gone, however it ended."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
