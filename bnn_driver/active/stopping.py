@@ -1,4 +1,4 @@
-"""When enough has been selected: the disagreement has levelled off, the error is small, or the budget is spent."""
+"""When enough has been selected or explored: the disagreement is level or low, the promise holds, or the budget is spent."""
 
 from __future__ import annotations
 
@@ -52,5 +52,53 @@ class Stop:
         if self.labels is not None and labels >= self.labels:
             return f"the budget of {self.labels} labels is spent"
         if self.rounds is not None and len(selected) >= self.rounds:
+            return f"all {self.rounds} rounds are done"
+        return ""
+
+
+@dataclass(frozen=True)
+class Explored:
+    """The weights know the system that is explored."""
+
+    approach: float
+    """Mean disagreement on fresh dynamics over that on known frames; 0: never."""
+    in_a_row: int
+    """Rounds in which that must hold: more than one where only the labels of the run itself are known, of which the first ones
+    are far from each other and disagree the most."""
+    confidence: float
+    """Promised share of frames within the accuracy."""
+    rounds: int
+    labels: int | None
+
+    def reason(
+        self,
+        labels: int,
+        fresh: Sequence[float],
+        known: Sequence[float | None],
+        complete: Sequence[bool],
+        audits: int,
+        beyond: float,
+    ) -> str:
+        """Why no further round is needed; empty: go on.
+
+        Args: labels: computed so far.   fresh: eV/Å, mean disagreement on the dynamics of every round, the last one of now.
+            known: eV/Å, that on known frames; None while there is none, or no spread.   complete: whether no walker left the sanity
+            window.   audits: of the last labelled round.   beyond: upper end of the interval of the share of frames beyond the
+            accuracy that they leave, of the criterion that is worst.
+        """
+        low = [
+            level is not None and whole and value <= self.approach * level
+            for value, level, whole in zip(fresh, known, complete, strict=True)
+        ]
+        if len(low) >= self.in_a_row and all(low[-self.in_a_row :]):
+            return (
+                f"converged: the disagreement on fresh dynamics is {fresh[-1]:.4g} eV/Å, at most {self.approach:g} times that of what "
+                f"is known, {known[-1]:.4g}"
+            )
+        if audits and beyond <= 1.0 - self.confidence:
+            return f"the promise holds: by {audits} audits at most {beyond:.2g} of all frames of fresh dynamics are beyond the accuracy"
+        if self.labels is not None and labels >= self.labels:
+            return f"the budget of {self.labels} labels is spent"
+        if len(fresh) > self.rounds:
             return f"all {self.rounds} rounds are done"
         return ""

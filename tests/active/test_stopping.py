@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bnn_driver.active.stopping import Plateau, Stop
+from bnn_driver.active.stopping import Explored, Plateau, Stop
 
 PLATEAU = Plateau(rounds=3, fall=0.05, approach=2.0)
 PUBLISHED_SELECTED = [136.5, 61.0, 41.0, 24.0]
@@ -43,3 +43,32 @@ def test_a_plateau_is_free_of_units(factor: float) -> None:
 def test_each_criterion_gives_its_own_reason(stop: Stop, says: str) -> None:
     reason = stop.reason(30, [0.2, 0.04], [50, 24, 23, 24, 23], [12] * 5)
     assert (says in reason) if says else not reason
+
+
+def explored(**changes: float) -> Explored:
+    return Explored(**({"approach": 1.5, "in_a_row": 1, "confidence": 0.9, "rounds": 3, "labels": 20} | changes))  # type: ignore[arg-type]
+
+
+def test_it_is_explored_when_fresh_dynamics_is_as_certain_as_what_is_known() -> None:
+    assert explored().reason(5, [3.0, 1.4], [None, 1.0], [True, True], 0, 1.0).startswith("converged")
+    assert explored().reason(5, [3.0, 1.6], [None, 1.0], [True, True], 0, 1.0) == ""
+    assert explored().reason(5, [3.0, 1.4], [None, None], [True, True], 0, 1.0) == "", "members without a spread know no level"
+    assert explored().reason(5, [3.0, 1.4], [None, 1.0], [True, False], 0, 1.0) == "", "a walker was lost"
+    assert explored(approach=0).reason(5, [0.1], [1.0], [True], 0, 1.0) == ""
+
+
+def test_with_labels_alone_it_must_hold_in_rounds_in_a_row() -> None:
+    two = explored(in_a_row=2)
+    assert two.reason(5, [1.0], [1.0], [True], 0, 1.0) == ""
+    assert two.reason(5, [9.0, 1.0], [1.0, 1.0], [True, True], 0, 1.0) == ""
+    assert two.reason(5, [9.0, 1.0, 1.0], [1.0] * 3, [True] * 3, 0, 1.0).startswith("converged")
+
+
+def test_it_is_explored_when_the_promise_holds_or_the_budget_is_spent() -> None:
+    assert explored().reason(5, [3.0], [1.0], [True], 30, 0.09).startswith("the promise holds: by 30 audits")
+    assert explored().reason(5, [3.0], [1.0], [True], 30, 0.11) == ""
+    assert explored().reason(20, [3.0], [1.0], [True], 0, 1.0) == "the budget of 20 labels is spent"
+    assert explored().reason(5, [3.0] * 4, [1.0] * 4, [True] * 4, 0, 1.0) == "all 3 rounds are done"
+    assert explored().reason(5, [3.0] * 3, [1.0] * 3, [True] * 3, 0, 1.0) == "", (
+        "three rounds have labels, the fourth judges the weights"
+    )
