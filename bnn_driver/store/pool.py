@@ -40,15 +40,23 @@ class Keys:
     level: str = ""
     default_charge: int = 0
     default_multiplicity: int = 1
+    section: str = "pool"
+    """Of the config, for messages."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some frames of the same atoms with their labels."""
+    """Some frames of the same atoms."""
 
     index: Array
     """(B,) int, their numbers in the pool."""
     frames: Frames
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledBatch(Batch):
+    """The same with their labels."""
+
     energy: Array
     """(B,) eV."""
     forces: Array
@@ -86,6 +94,8 @@ class Pool:
     """(N,) int: frames of one kind have the same atoms in the same order, charge, multiplicity and periodicity."""
     kinds: list[tuple[Any, ...]] = field(default_factory=list, init=False)
     """Atomic numbers, periodic, charge, multiplicity of each kind."""
+    level: str = field(default="", init=False)
+    """What the frames say of their level of theory; empty where they say nothing."""
 
     def __post_init__(self) -> None:
         check = _Check()
@@ -113,6 +123,7 @@ class Pool:
         self.first.append(len(places))
         self._places, self.energy = np.array(places, dtype=np.int64), np.array(energies)
         self.kind, self.kinds = np.array(kinds), list(kind_of)
+        self.level = next(iter(check.levels), "")
         self._check_gaps()
 
     def __len__(self) -> int:
@@ -141,7 +152,7 @@ class Pool:
         """Numbers of the frames of one file."""
         return np.arange(self.first[number], self.first[number + 1])
 
-    def batches(self, index: Sequence[int] | Array, atoms: int = 2000) -> Iterator[Batch]:
+    def batches(self, index: Sequence[int] | Array, atoms: int = 2000) -> Iterator[LabelledBatch]:
         """These frames, those of one kind together, in batches of about so many atoms."""
         wanted = np.asarray(index, dtype=np.int64)
         for kind in np.unique(self.kind[wanted]):
@@ -150,11 +161,11 @@ class Pool:
             for begin in range(0, len(rows), size):
                 yield self._batch(rows[begin : begin + size])
 
-    def one(self, index: int) -> Batch:
+    def one(self, index: int) -> LabelledBatch:
         """One frame."""
         return self._batch(np.array([index]))
 
-    def _batch(self, rows: Array) -> Batch:
+    def _batch(self, rows: Array) -> LabelledBatch:
         items = [_labels(raw, self.keys) for raw in self._read(rows)]
         head = items[0].frame
         cells = [item.frame.cell for item in items if item.frame.cell is not None]
@@ -166,7 +177,7 @@ class Pool:
             head.multiplicity,
         )
         stresses = [item.stress for item in items if item.stress is not None]
-        return Batch(
+        return LabelledBatch(
             rows,
             frames,
             np.array([item.energy for item in items]),
@@ -198,7 +209,8 @@ class Pool:
                 raise ConfigError(
                     f"the energies of one composition lie {gaps.max():.4g} eV apart with none between: {self.energy[low]:.6g} eV in "
                     f"{self.where(int(low))}, {self.energy[high]:.6g} eV in {self.where(int(high))}. Two levels of theory (or "
-                    "codes) do not mix; keep one of them in the pool. If they are of one level, let [pool] level_key name what says so"
+                    "codes) do not mix; keep one of them in the pool. If they are of one level, let "
+                    f"[{self.keys.section}] level_key name what says so"
                 )
 
 
@@ -214,7 +226,7 @@ class _Check:
         name = keys.level or _LEVEL
         if keys.level and name not in raw.info:
             raise ConfigError(
-                f"{raw.where}: there is no {name!r} ([pool] level_key); found are {', '.join(sorted(raw.info)) or 'none'}"
+                f"{raw.where}: there is no {name!r} ([{keys.section}] level_key); found are {', '.join(sorted(raw.info)) or 'none'}"
             )
         if name in raw.info:
             self.levels.setdefault(str(raw.info[name]), raw.where)
@@ -236,45 +248,47 @@ class _Check:
 
 def _labels(raw: RawFrame, keys: Keys) -> _Labels:
     """The labels under the keys that were asked for.  Raises: ConfigError with the candidates when one is missing."""
-    energy = _wanted(raw.info, keys.energy, "energy_key", raw, raw.scalars())
-    forces = _wanted(raw.columns, keys.forces, "forces_key", raw, raw.vectors())
+    energy = _wanted(raw.info, keys.energy, "energy_key", raw, raw.scalars(), keys.section)
+    forces = _wanted(raw.columns, keys.forces, "forces_key", raw, raw.vectors(), keys.section)
     if keys.energy not in raw.scalars():
         raise ConfigError(f"{raw.where}: {keys.energy} is {energy!r}, not a number; single numbers are {_listed(raw.scalars())}")
     if keys.forces not in raw.vectors():
         raise ConfigError(
             f"{raw.where}: {keys.forces} has the shape {forces.shape}; columns of three are {_listed(raw.vectors())}"
         )
-    stress = _stress(_wanted(raw.info, keys.stress, "stress_key", raw, sorted(raw.info)), raw) if keys.stress else None
+    stress = (
+        _stress(_wanted(raw.info, keys.stress, "stress_key", raw, sorted(raw.info), keys.section), raw) if keys.stress else None
+    )
     for name, values in (("positions", raw.positions), (keys.energy, energy), (keys.forces, forces), (keys.stress, stress)):
         if values is not None and not np.isfinite(values).all():
             raise ConfigError(f"{raw.where}: {name} is not finite; remove the frame")
-    charge = _integer(raw, keys.charge, "charge", keys.default_charge)
-    multiplicity = _integer(raw, keys.multiplicity, "multiplicity", keys.default_multiplicity)
+    charge = _integer(raw, keys.charge, "charge", keys.default_charge, keys.section)
+    multiplicity = _integer(raw, keys.multiplicity, "multiplicity", keys.default_multiplicity, keys.section)
     frame = Frames(raw.numbers, raw.positions[None], None if raw.cell is None else raw.cell[None], charge, multiplicity)
     return _Labels(frame, float(energy), np.asarray(forces, dtype=float), stress)
 
 
-def _wanted(found: Mapping[str, Any], name: str, key: str, raw: RawFrame, candidates: list[str]) -> Any:
+def _wanted(found: Mapping[str, Any], name: str, key: str, raw: RawFrame, candidates: list[str], section: str) -> Any:
     if not name:
-        raise ConfigError(f"[pool] {key} is missing and is not guessed; in {raw.where} there are: {_listed(candidates)}")
+        raise ConfigError(f"[{section}] {key} is missing and is not guessed; in {raw.where} there are: {_listed(candidates)}")
     if name not in found:
         raise ConfigError(
-            f"{raw.where}: there is no {name!r} ([pool] {key}), so the frame has no such label; there are: {_listed(candidates)}"
+            f"{raw.where}: there is no {name!r} ([{section}] {key}), so the frame has no such label; there are: {_listed(candidates)}"
         )
     return found[name]
 
 
-def _integer(raw: RawFrame, key: str, name: str, default: int) -> int:
+def _integer(raw: RawFrame, key: str, name: str, default: int, section: str) -> int:
     """Charge or multiplicity of a frame; one that is there under its plain name and contradicts what would be used is refused."""
     used = key or name
     if key and key not in raw.info:
-        raise ConfigError(f"{raw.where}: there is no {key!r} ([pool] {name}_key); found are {_listed(sorted(raw.info))}")
+        raise ConfigError(f"{raw.where}: there is no {key!r} ([{section}] {name}_key); found are {_listed(sorted(raw.info))}")
     value = raw.info.get(used, default)
     if not isinstance(value, (int, float, np.number)) or float(value) != int(value):
         raise ConfigError(f"{raw.where}: {used} is {value!s}, expected an integer")
     if not key and int(value) != default:
         raise ConfigError(
-            f"{raw.where}: {name} is {int(value)}, but [system] {name} is {default}; write [pool] {name}_key = {name!r} to take the "
+            f"{raw.where}: {name} is {int(value)}, but [system] {name} is {default}; write [{section}] {name}_key = {name!r} to take the "
             "frame's, or correct [system]"
         )
     return int(value)
