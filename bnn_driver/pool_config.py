@@ -7,19 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bnn_driver.config import Config, Force, Length, OracleSettings, Section, System, read_config, read_settings, read_toml
+from bnn_driver.config import Config, Force, Length, OracleSettings, Section, System, read_settings
 
 Rank = Literal["force", "energy", "predictive", "atom"]
 Count = Annotated[int, Field(ge=1)]
 
 
-class PoolSettings(Section):
-    """The labelled frames, what is held back, and how many are taken when."""
+class LabelKeys(Section):
+    """Where the labels stand in extended XYZ; never guessed."""
 
-    file: str
-    """Extended XYZ, relative to the config file; eV, Å, eV/Å, eV/Å^3."""
     energy_key: str = ""
-    """Name of the labels' energy in the comment lines; never guessed."""
+    """Name of the labels' energy in the comment lines."""
     forces_key: str = ""
     """Name of the column of their forces."""
     stress_key: str = ""
@@ -28,11 +26,12 @@ class PoolSettings(Section):
     """Name of the charge in the comment lines; empty: [system] charge holds for all."""
     multiplicity_key: str = ""
     level_key: str = ""
-    """Name of what tells the level of theory; more than one value in the pool is refused."""
-    test: Count | str
-    """Frames that are never learnt: so many drawn from the pool, or a file of them."""
-    start: Count | tuple[int, ...] | str = 20
-    """Frames learnt before the first round: so many drawn from the pool, their numbers (from 0), or a file of them."""
+    """Name of what tells the level of theory; more than one value in the file is refused."""
+
+
+class Choosing(Section):
+    """How the frames of a round are chosen."""
+
     batch: int = Field(default=10, ge=1)
     """k, frames taken per round."""
     rank: Rank = "force"
@@ -45,6 +44,17 @@ class PoolSettings(Section):
     """How many times k frames count as uncertain."""
     duplicates: Length = "0.02 A"  # type: ignore[assignment]
     """Frames whose sorted interatomic distances all differ by no more than this are nearly the same, and one of them is taken."""
+
+
+class PoolSettings(LabelKeys, Choosing):
+    """The labelled frames, what is held back, and how many are taken when."""
+
+    file: str
+    """Extended XYZ, relative to the config file; eV, Å, eV/Å, eV/Å^3."""
+    test: Count | str
+    """Frames that are never learnt: so many drawn from the pool, or a file of them."""
+    start: Count | tuple[int, ...] | str = 20
+    """Frames learnt before the first round: so many drawn from the pool, their numbers (from 0), or a file of them."""
     rounds: int | None = Field(default=None, ge=1)
     max_labels: int | None = Field(default=None, ge=1)
     """Budget, with the start."""
@@ -107,8 +117,3 @@ class SelectConfig(Config):
 def read_select_config(path: Path) -> SelectConfig:
     """Settings of a TOML file for `select`.  Raises: ConfigError naming file, key, what came and what was expected."""
     return read_settings(path, SelectConfig)
-
-
-def read_any_config(path: Path) -> Config:
-    """Settings of a TOML file of either kind, told apart by the section [pool].  Raises: ConfigError."""
-    return read_select_config(path) if "pool" in read_toml(path) else read_config(path)

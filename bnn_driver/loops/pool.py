@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bnn_driver.active.stopping import Plateau, Stop
-from bnn_driver.loops.assembly import TOY, load_model, settle
+from bnn_driver.loops.assembly import TOY, effective_settings, load_model, settle
 from bnn_driver.loops.chains import Chains, Note
 from bnn_driver.loops.division import Division, check_elements, divide, gallery_of, open_pool
+from bnn_driver.loops.known import pooled_label
 from bnn_driver.loops.scratch import FromScratch
-from bnn_driver.loops.screening import Committee, choose, screen
+from bnn_driver.loops.screening import Committee, choose, descriptors, judge
 from bnn_driver.loops.seeds import generator
 from bnn_driver.loops.signals import stop_on_signals
 from bnn_driver.pool_config import SelectConfig, read_select_config
 from bnn_driver.potential.mace import load_mace
-from bnn_driver.records import Array, Label, LabelledFrame
+from bnn_driver.records import Array, LabelledFrame
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.files import plain, read_json, write_atomic
 from bnn_driver.store.pool import Pool
@@ -58,7 +58,7 @@ def select(config_file: Path) -> Path:
     with stop_on_signals(), run.lock("driver"), ExitStack() as stack:
         known = {e["frame_id"] for e in read_events(run.events_dir) if e["kind"] == "label"}
         events = stack.enter_context(EventLog(run.events_dir))
-        run.fix_settings(_effective(config, base), _physics(config, pool, checksum), events)
+        run.fix_settings(effective_settings(config, base), _physics(config, pool, checksum), events)
         write_atomic(run.path / "bnn.toml", config_file.read_bytes())
         events.append("start", config=str(config_file), frames=len(pool), candidates=len(division.candidates))
         make = partial(_committee, config, base, pool)
@@ -189,7 +189,7 @@ class Rounds:
     def _tested(self, labels: int, generation: int) -> dict[str, Any]:
         """Errors and disagreement on the test frames."""
         test = self.division.test
-        found = screen(self.committee, self.pool, test)
+        found = judge(self.committee, self.pool, test)
         energy_error = found.mean_energy - (self.pool.energy[test] + self._offsets(test))
         return {
             "labels": labels,
@@ -214,10 +214,10 @@ class Rounds:
         left = np.setdiff1d(self.division.candidates, [*learnt.tolist(), *passed])
         if not len(left):
             return "the pool is used up"
-        found = screen(self.committee, self.pool, left)
+        found = judge(self.committee, self.pool, left)
         taken = gallery_of(self.pool, np.concatenate([self.division.test, learnt]), p.duplicates)
         k = p.batch if p.max_labels is None else min(p.batch, p.max_labels - labels)
-        choice = choose(self.committee, self.pool, found, p, k, taken, learnt)
+        choice = choose(self.committee, self.pool, found, p, k, taken, partial(descriptors, self.committee, self.pool, learnt))
         if not len(choice.rows):
             return "the pool is used up: what remains is nearly the same as labels or test frames"
         others = np.setdiff1d(np.arange(len(left)), np.concatenate([choice.rows, choice.near_duplicates]))
@@ -260,16 +260,9 @@ class Rounds:
         return [self.store.read(place) for place in dict.fromkeys(numbers)]
 
     def _label(self, number: int, index: int, offset: float) -> LabelledFrame:
-        one = self.pool.one(index)
-        stress = None if one.stress is None or not one.frames.periodic else one.stress[0]
-        label = Label(
-            float(one.energy[0]), one.forces[0], stress, "pool", self.fingerprint, one.frames.content_id(self.fingerprint), "given"
-        )  # fmt: skip
-        context = {
-            "round": number, "frame": index, "step": number, "bead": 0, "criterion": "selected" if number else "start",
-            "audit": False, "generation": number, "energy_offset": offset,
-        }  # fmt: skip
-        return LabelledFrame(one.frames, label, context)
+        criterion = "selected" if number else "start"
+        facts = {"round": number, "step": number, "generation": number, "energy_offset": offset}
+        return pooled_label(self.pool, index, self.fingerprint, criterion, facts)
 
     def _write(self, number: int, facts: dict[str, Any]) -> None:
         write_atomic(self.folder / f"round_{number:03d}.json", json.dumps(plain({"round": number, **facts})).encode())
@@ -314,9 +307,3 @@ def _physics(config: SelectConfig, pool: Pool, model: str) -> dict[str, Any]:
         "noise_head": list(e.noise_head) if e.predicted_noise else [], "numbers": list(pool.elements),
         "charge": config.system.charge, "multiplicity": config.system.multiplicity,
     }  # fmt: skip
-
-
-def _effective(config: SelectConfig, base: Path) -> dict[str, object]:
-    """Settings in use, with the versions that belong to them."""
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "torch_threads": torch.get_num_threads()}
-    return config.model_dump(mode="json") | {"base": str(base), "versions": versions}

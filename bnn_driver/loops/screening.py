@@ -1,8 +1,8 @@
-"""One round over the pool: what the committee says of every frame, and which frames it would learn most from."""
+"""One round over many frames: what the committee says of each, and which frames it would learn most from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from bnn_driver.active import committee as qbc
 from bnn_driver.active.likeness import Gallery
-from bnn_driver.pool_config import PoolSettings
+from bnn_driver.pool_config import Choosing
 from bnn_driver.records import Array, Frames, LabelledFrame, Prediction
-from bnn_driver.store.pool import Pool
+from bnn_driver.store.pool import Batch, Pool
 
 
 class Committee(Protocol):
@@ -35,9 +35,25 @@ class Committee(Protocol):
         ...
 
 
+class Candidates(Protocol):
+    """Frames numbered through: `store.pool.Pool`, `store.trajectory.Trajectories`."""
+
+    def batches(self, index: Sequence[int] | Array, atoms: int = 2000) -> Iterator[Batch]:
+        """These frames, those of the same atoms together, in batches of about so many atoms."""
+        ...
+
+    def one(self, index: int) -> Batch:
+        """One frame."""
+        ...
+
+    def atoms(self) -> Array:
+        """(N, Z) numbers of atoms of each element."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Screen:
-    """What the committee says of some frames of the pool, in the order asked for."""
+    """What the committee says of some frames, in the order asked for."""
 
     index: Array
     """(B,) int."""
@@ -51,8 +67,6 @@ class Screen:
     """(B,) eV."""
     energy_sd: Array
     """(B,) eV, predictive, not calibrated."""
-    force_error: Array
-    """(B,) eV/Å, error of the mean forces against the labels."""
 
     def ranking(self, rank: str, atoms: Array) -> Array:
         """(B,) what the frames are ranked by.  Args: atoms: (B,) numbers of atoms.
@@ -63,27 +77,45 @@ class Screen:
         return {"force": self.force, "atom": self.atom, "energy": self.energy / atoms, "predictive": self.energy_sd / atoms}[rank]
 
 
-def screen(committee: Committee, pool: Pool, index: Array) -> Screen:
-    """Evaluate frames of the pool.  Raises: ModelError for an unknown element."""
-    rows: list[Array] = []
-    columns: list[list[Array]] = []
+@dataclass(frozen=True, eq=False)
+class JudgedScreen(Screen):
+    """The same of labelled frames."""
+
+    force_error: Array
+    """(B,) eV/Å, error of the mean forces against the labels."""
+
+
+def screen(committee: Committee, source: Candidates, index: Array) -> Screen:
+    """Evaluate frames.  Raises: ModelError for an unknown element."""
+    table = [(batch.index, _columns(committee.predict(batch.frames))) for batch in source.batches(index)]
+    return Screen(np.asarray(index), *_in_order(table, index, source.atoms()))
+
+
+def judge(committee: Committee, pool: Pool, index: Array) -> JudgedScreen:
+    """Evaluate labelled frames.  Raises: ModelError for an unknown element."""
+    table: list[tuple[Array, list[Array]]] = []
     for batch in pool.batches(index):
         found = committee.predict(batch.frames)
-        columns.append(
-            [
-                qbc.force_disagreement(found.forces),
-                qbc.largest_atom_disagreement(found.forces),
-                found.mean_energy,
-                found.energy_predictive_sd,
-                qbc.force_error(found.mean_forces, batch.forces),
-                found.energy.T,
-            ]
-        )
-        rows.append(batch.index)
-    order = np.argsort(np.concatenate(rows))[np.argsort(np.argsort(index))]
-    force, atom, mean, sd, error, energy = (np.concatenate(part)[order] for part in zip(*columns, strict=True))
-    spread = qbc.energy_disagreement(energy.T, pool.atoms()[index])
-    return Screen(np.asarray(index), force, atom, spread, mean, sd, error)
+        table.append((batch.index, [*_columns(found), qbc.force_error(found.mean_forces, batch.forces)]))
+    return JudgedScreen(np.asarray(index), *_in_order(table, index, pool.atoms()))
+
+
+def _columns(found: Prediction) -> list[Array]:
+    """The columns of a `Screen`, with the members' energies (B, M) in place of their disagreement."""
+    return [
+        qbc.force_disagreement(found.forces),
+        qbc.largest_atom_disagreement(found.forces),
+        found.energy.T,
+        found.mean_energy,
+        found.energy_predictive_sd,
+    ]
+
+
+def _in_order(table: Sequence[tuple[Array, Sequence[Array]]], index: Array, atoms: Array) -> list[Array]:
+    """Columns in the order asked for, and the members' energies compared over all frames.  Args: atoms: of the whole source."""
+    order = np.argsort(np.concatenate([rows for rows, _ in table]))[np.argsort(np.argsort(index))]
+    force, atom, energy, *rest = (np.concatenate(part)[order] for part in zip(*(columns for _, columns in table), strict=True))
+    return [force, atom, qbc.energy_disagreement(energy.T, atoms[index]), *rest]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,32 +124,40 @@ class Choice:
 
     rows: Array
     """(k,) places in the screen."""
+    reserve: Array
+    """Places of those that would come next, in order."""
     near_duplicates: Array
     """(d,) places of frames that were passed over because they are nearly one that is labelled, held back, or chosen."""
 
 
 def choose(
-    committee: Committee, pool: Pool, found: Screen, settings: PoolSettings, k: int, taken: Gallery, labelled: Array
+    committee: Committee,
+    source: Candidates,
+    found: Screen,
+    settings: Choosing,
+    k: int,
+    taken: Gallery,
+    labelled: Callable[[], Array],
 ) -> Choice:
     """At most k frames of a screen, by rank and diversity, no two nearly the same.
 
-    Args: taken: labelled and held-back frames.   labelled: numbers in the pool of the labelled frames, whose neighbourhood is avoided.
+    Args: taken: labelled and held-back frames.   labelled: gives the (L, D) descriptors of the labelled frames, whose neighbourhood
+        is avoided.
     """
-    atoms = pool.atoms()[found.index].sum(axis=1)
+    atoms = source.atoms()[found.index].sum(axis=1)
     scores = found.ranking(settings.rank, atoms)
-    wanted = round(settings.shortlist * k) if settings.diversity else k
-    rows, duplicates = different(pool, found.index, qbc.most_uncertain(scores, len(scores)), wanted, taken)
-    if not settings.diversity or len(rows) <= k:
-        return Choice(rows[:k], duplicates)
-    place = descriptors(committee, pool, np.concatenate([found.index[rows], labelled]))
-    chosen = qbc.most_diverse(scores[rows], place[: len(rows)], k, len(rows), place[len(rows) :])
-    return Choice(rows[chosen], duplicates)
+    wanted = round(settings.shortlist * k)
+    rows, duplicates = different(source, found.index, qbc.most_uncertain(scores, len(scores)), wanted, taken)
+    if settings.diversity and len(rows) > k:
+        place = descriptors(committee, source, found.index[rows])
+        rows = rows[qbc.most_diverse(scores[rows], place, len(rows), len(rows), labelled())]
+    return Choice(rows[:k], rows[k:], duplicates)
 
 
-def different(pool: Pool, index: Array, order: Array, wanted: int, taken: Gallery) -> tuple[Array, Array]:
+def different(source: Candidates, index: Array, order: Array, wanted: int, taken: Gallery) -> tuple[Array, Array]:
     """The first `wanted` frames in an order that are nearly the same as none before, and the places of those passed over.
 
-    Args: index: (B,) numbers in the pool.   order: (B,) places.   taken: frames that count as before; not changed.
+    Args: index: (B,) numbers of the frames.   order: (B,) places.   taken: frames that count as before; not changed.
     """
     seen = Gallery(taken.tolerance)
     kept: list[int] = []
@@ -125,7 +165,7 @@ def different(pool: Pool, index: Array, order: Array, wanted: int, taken: Galler
     for row in order.tolist():
         if len(kept) == wanted:
             break
-        frame = pool.one(int(index[row])).frames
+        frame = source.one(int(index[row])).frames
         if taken.has(frame) or seen.has(frame):
             passed.append(row)
         else:
@@ -134,11 +174,11 @@ def different(pool: Pool, index: Array, order: Array, wanted: int, taken: Galler
     return np.array(kept, dtype=np.int64), np.array(passed, dtype=np.int64)
 
 
-def descriptors(committee: Committee, pool: Pool, index: Array) -> Array:
-    """(B, D) descriptors of frames of the pool, in the order asked for."""
+def descriptors(committee: Committee, source: Candidates, index: Array) -> Array:
+    """(B, D) descriptors of frames, in the order asked for."""
     wanted, inverse = np.unique(index, return_inverse=True)
     place: Array | None = None
-    for batch in pool.batches(wanted):
+    for batch in source.batches(wanted):
         part = committee.describe(batch.frames)
         place = np.zeros((len(wanted), part.shape[1])) if place is None else place
         place[np.searchsorted(wanted, batch.index)] = part
