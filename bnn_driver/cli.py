@@ -94,16 +94,32 @@ def select(config: ConfigFile) -> None:
 
 
 @app.command()
+def explore(config: ConfigFile, until: Until = None) -> None:
+    """Run dynamics of a new system, label and learn the frames that teach most, until nothing new comes; the same command resumes."""
+    from bnn_driver.loops.explore import explore as explore_system
+    from bnn_driver.report.exploration import exploration_figure, exploration_summary, render_exploration
+
+    folder = explore_system(config, until)
+    exploration_figure(folder, folder / "exploration.png")
+    typer.echo(
+        f"{render_exploration(exploration_summary(folder))}\n\nlabels in {folder / 'labels'}, picture in {folder / 'exploration.png'}"
+    )
+
+
+@app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """What a run has asked, learnt and measured so far; reads only its files."""
+    from bnn_driver.report.exploration import exploration_summary, is_exploration, render_exploration
     from bnn_driver.report.numbers import render_summary, summary
     from bnn_driver.report.selection import is_selection, render_selection, selection_summary
 
     folder = _run_folder(run)
-    if is_selection(folder):
+    if is_exploration(folder):
+        facts, text = exploration_summary(folder), render_exploration
+    elif is_selection(folder):
         facts, text = selection_summary(folder), render_selection
     else:
         facts, text = summary(folder), render_summary
@@ -113,11 +129,13 @@ def status(
 @app.command()
 def report(run: RunFolder, output: Annotated[Path, typer.Option("-o", "--output", help="PNG file")] = Path("run.png")) -> None:
     """Draw the picture of a run."""
+    from bnn_driver.report.exploration import exploration_figure, is_exploration
     from bnn_driver.report.figures import run_figure
     from bnn_driver.report.selection import is_selection, selection_figure
 
     folder = _run_folder(run)
-    (selection_figure if is_selection(folder) else run_figure)(folder, output)
+    draw = exploration_figure if is_exploration(folder) else selection_figure if is_selection(folder) else run_figure
+    draw(folder, output)
     typer.echo(f"wrote {output}")
 
 
@@ -144,7 +162,13 @@ def check(
     """Try config, i-PI input or pool, socket, model, oracle and run directory without running; says what `run` would do and cost."""
     from bnn_driver.config import read_toml
 
-    if "pool" in read_toml(config):
+    tables = read_toml(config)
+    if "explore" in tables:
+        from bnn_driver.loops.explore import check_exploration
+
+        typer.echo(check_exploration(config))
+        return
+    if "pool" in tables:
         from bnn_driver.loops.pool import check_selection
 
         typer.echo(check_selection(config))
@@ -170,7 +194,7 @@ def doctor(folder: Annotated[Path, typer.Argument(help="where a run would live")
 
 def _run_folder(path: Path) -> Path:
     """The run directory behind a TOML file, a run directory, or a folder with a bnn.toml."""
-    from bnn_driver.pool_config import read_any_config
+    from bnn_driver.explore_config import read_any_config
 
     file = path / "bnn.toml" if path.is_dir() and not (path / "events").is_dir() else path
     folder = file.parent / read_any_config(file).run.directory if file.is_file() else path

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from bnn_driver.errors import ConfigError, EnvironmentProblem
+from bnn_driver.explore_config import read_any_config
 from bnn_driver.loops.assembly import load_model
-from bnn_driver.pool_config import SelectConfig, read_any_config
+from bnn_driver.pool_config import SelectConfig
 from bnn_driver.potential.export import export_mace
 from bnn_driver.potential.factory import MacePotential
 from bnn_driver.store import weights
