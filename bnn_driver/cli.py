@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bnn_driver.errors import BnnError, ConfigError
+from bnn_driver.loops.signals import stop_on_signals
 from bnn_driver.threads import THREADS
 
 SUMMARY = """An i-PI driver that keeps a simulation with a machine-learned potential within a promised accuracy.
@@ -36,18 +38,19 @@ Walker = Annotated[str, typer.Option("--walker", help="only this one of [ipi.wal
 @app.command()
 def run(config: ConfigFile, walker: Walker = "", until: Until = None) -> None:
     """Start i-PI on the input, drive it within the promised accuracy; the same command resumes."""
-    from bnn_driver.config import read_config
-    from bnn_driver.report.numbers import render_summary, summary
+    with stop_on_signals():
+        from bnn_driver.config import read_config
+        from bnn_driver.report.numbers import render_summary, summary
 
-    if read_config(config).ipi.walkers and not walker:
-        from bnn_driver.loops.walkers import run_walkers
+        if read_config(config).ipi.walkers and not walker:
+            from bnn_driver.loops.walkers import run_walkers
 
-        folder = run_walkers(config, ["--until", until] if until else [])
-    else:
-        from bnn_driver.loops.session import run_session
+            folder = run_walkers(config, ["--until", until] if until else [])
+        else:
+            from bnn_driver.loops.session import run_session
 
-        folder = run_session(config, walker, until)
-    typer.echo(render_summary(summary(folder)))
+            folder = run_session(config, walker, until)
+        typer.echo(render_summary(summary(folder)))
 
 
 @app.command()
@@ -64,46 +67,49 @@ def serve(
     until: Until = None,
 ) -> None:
     """Drive an i-PI that you started yourself: nothing in its XML but the socket."""
-    from bnn_driver.loops.session import serve_session
-    from bnn_driver.report.numbers import render_summary, summary
+    with stop_on_signals():
+        from bnn_driver.loops.session import serve_session
+        from bnn_driver.report.numbers import render_summary, summary
 
-    folder = serve_session(
-        config,
-        unix=unix or shm,
-        addresses=address or ["localhost"],
-        port=port,
-        prefix=prefix,
-        shared_memory=shm,
-        walker=walker,
-        until=until,
-    )
-    typer.echo(render_summary(summary(folder)))
+        folder = serve_session(
+            config,
+            unix=unix or shm,
+            addresses=address or ["localhost"],
+            port=port,
+            prefix=prefix,
+            shared_memory=shm,
+            walker=walker,
+            until=until,
+        )
+        typer.echo(render_summary(summary(folder)))
 
 
 @app.command()
 def select(config: ConfigFile) -> None:
     """Choose the frames of a labelled pool that teach most; the same command resumes."""
-    from bnn_driver.loops.pool import select as select_frames
-    from bnn_driver.report.selection import render_selection, selection_figure, selection_summary
+    with stop_on_signals():
+        from bnn_driver.loops.pool import select as select_frames
+        from bnn_driver.report.selection import render_selection, selection_figure, selection_summary
 
-    folder = select_frames(config)
-    selection_figure(folder, folder / "selection.png")
-    typer.echo(
-        f"{render_selection(selection_summary(folder))}\n\nlabels in {folder / 'labels'}, picture in {folder / 'selection.png'}"
-    )
+        folder = select_frames(config)
+        selection_figure(folder, folder / "selection.png")
+        typer.echo(
+            f"{render_selection(selection_summary(folder))}\n\nlabels in {folder / 'labels'}, picture in {folder / 'selection.png'}"
+        )
 
 
 @app.command()
 def explore(config: ConfigFile, until: Until = None) -> None:
     """Run dynamics of a new system, label and learn the frames that teach most, until nothing new comes; the same command resumes."""
-    from bnn_driver.loops.explore import explore as explore_system
-    from bnn_driver.report.exploration import exploration_figure, exploration_summary, render_exploration
+    with stop_on_signals():
+        from bnn_driver.loops.explore import explore as explore_system
+        from bnn_driver.report.exploration import exploration_figure, exploration_summary, render_exploration
 
-    folder = explore_system(config, until)
-    exploration_figure(folder, folder / "exploration.png")
-    typer.echo(
-        f"{render_exploration(exploration_summary(folder))}\n\nlabels in {folder / 'labels'}, picture in {folder / 'exploration.png'}"
-    )
+        folder = explore_system(config, until)
+        exploration_figure(folder, folder / "exploration.png")
+        typer.echo(
+            f"{render_exploration(exploration_summary(folder))}\n\nlabels in {folder / 'labels'}, picture in {folder / 'exploration.png'}"
+        )
 
 
 @app.command()
@@ -230,6 +236,9 @@ def main(arguments: Any = None) -> None:
     except BnnError as error:
         sys.stderr.write(f"bnn-driver: {error}\n")
         sys.exit(error.exit_code)
+    finally:
+        if arguments is None:  # this process ends: its exit code is decided, and takes a second to get out
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ BnnError (1)
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class BnnError(Exception):
     """Base of all errors that the program raises on purpose."""
@@ -126,3 +130,14 @@ class CleanStop(BnnError):
 
 class WallLimit(CleanStop):
     """The run stopped before the end of its time; the same command goes on."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A context that writes to `path`.  Raises: EnvironmentProblem with the remedy, for what the disk refuses (full, read-only)."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{path} could not be written: {error}; free space or mend the folder's permissions, then run the same command again"
+        ) from error

@@ -26,7 +26,14 @@ from ase.data import chemical_symbols, covalent_radii
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from bnn_driver import units
-from bnn_driver.errors import ConfigError, EnvironmentProblem, GeometryRejected, OracleConfigError, OracleInconsistent
+from bnn_driver.errors import (
+    ConfigError,
+    EnvironmentProblem,
+    GeometryRejected,
+    OracleConfigError,
+    OracleInconsistent,
+    writing,
+)
 from bnn_driver.records import Array, Frames, Label
 
 GROUP = "bnn_driver.oracles"
@@ -367,13 +374,9 @@ def _failure(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, text)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{path} could not be written: {error}; free space or mend the folder's permissions, then run the same command again"
-        ) from error
 
 
 def _replace(path: Path, text: str) -> None:

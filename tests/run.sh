@@ -13,9 +13,14 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 if [ $# -gt 0 ]; then
   .venv/bin/python -m pytest "$@"
 else
-  # most tests wait for programs that start; those of faults keep both cores busy by themselves, and print a table at their end
+  # side by side: most tests wait for programs that start; those of faults print a table at their end
+  told=$(mktemp)
   failed=0
+  .venv/bin/python -m pytest tests/faults >"$told" 2>&1 &
+  faults=$!
+  trap 'kill $faults 2>/dev/null || true; rm -f "$told"' EXIT
   .venv/bin/python -m pytest -n "${BNN_TEST_WORKERS:-2}" --dist loadfile --ignore=tests/faults || failed=1
-  .venv/bin/python -m pytest tests/faults || failed=1
+  wait $faults || failed=1
+  cat "$told"
   exit $failed
 fi

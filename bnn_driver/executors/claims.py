@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bnn_driver.errors import EnvironmentProblem, FrameBusy
+from bnn_driver.errors import EnvironmentProblem, FrameBusy, writing
 
 
 @contextlib.contextmanager
@@ -27,10 +27,10 @@ def claim(spool: Path, name: str, attempt: str = "") -> Iterator[None]:
     """
     path = _path(spool, name)
     facts = {"host": platform.node(), "pid": os.getpid(), "attempt": attempt}
-    with _disk(path):
+    with writing(path):
         descriptor = _lock(path)
     try:
-        with _disk(path):
+        with writing(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(facts).encode(), 0)
         yield
@@ -60,16 +60,6 @@ def holder(spool: Path, name: str) -> dict[str, Any]:
 
 def _path(spool: Path, name: str) -> Path:
     return spool / "running" / f"{name}.lock"
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{path} could not be written: {error}; free space or mend the folder's permissions, then run the same command again"
-        ) from error
 
 
 def _lock(path: Path) -> int:

@@ -44,6 +44,7 @@ FAILED_BLOCKS = 3
 CLOSE_LIMIT = 120.0
 """Seconds that Parsl has to end its jobs; commands of a batch system may take a minute."""
 TETHER = Path(__file__).with_name("tether.py")
+WORKER_POOL = Path(__file__).with_name("process_worker_pool.py")
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _watch(heartbeat: float, drain: float | None) -> dict[str, Any]:
 
 def _pool_command() -> str:
     """Parsl's command for workers, by this Python: its scripts need not be on the PATH."""
-    pool = f"{shlex.quote(sys.executable)} -P -m parsl.executors.high_throughput.process_worker_pool"
+    pool = f"{shlex.quote(sys.executable)} -P {shlex.quote(str(WORKER_POOL))}"
     return DEFAULT_LAUNCH_CMD.replace("process_worker_pool.py", pool)
 
 

@@ -14,10 +14,16 @@ import sys
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h; it outlasts exec."""
 
-if __name__ == "__main__":
-    parent, *command = sys.argv[1:]
+
+def end_with_parent() -> None:
+    """Have this process killed at the end of the thread that started it."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    parent, *command = sys.argv[1:]
+    end_with_parent()
     if os.getppid() != int(parent):
         os._exit(1)
     os.setsid()

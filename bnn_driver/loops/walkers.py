@@ -47,7 +47,7 @@ def run_walkers(config_file: Path, extra_arguments: Sequence[str] = ()) -> Path:
     config = read_config(config_file)
     run = RunDirectory(config_file.absolute().parent / config.run.directory)
     command = [sys.executable, "-m", "bnn_driver.cli", "run", str(config_file), *extra_arguments]
-    with _stopped_together() as started:
+    with _stopped_together() as (started, stop):
         for name in config.ipi.walkers:
             started[name] = _start([*command, "--walker", name])
         threads = [threading.Thread(target=_repeat, args=(name, process.stderr)) for name, process in started.items()]
@@ -56,12 +56,19 @@ def run_walkers(config_file: Path, extra_arguments: Sequence[str] = ()) -> Path:
         codes = {name: process.wait() for name, process in started.items()}
         for thread in threads:
             thread.join()
-    codes = {name: 128 - code if code < 0 else code for name, code in codes.items()}
+    codes = {name: _exit_code(code, stop.is_set()) for name, code in codes.items()}
     if any(code not in (0, CLEAN_STOP) for code in codes.values()):
         raise WalkersFailed(codes, run)
     if stopped := [name for name, code in codes.items() if code == CLEAN_STOP]:
         raise CleanStop(f"stopped on request: {', '.join(stopped)}; the same command goes on")
     return run.path
+
+
+def _exit_code(code: int, asked: bool) -> int:
+    """Of a walker, as a shell gives it.  Args: asked: it was told to end, which it may have been before it could listen."""
+    if asked and code == -signal.SIGTERM:
+        return CLEAN_STOP
+    return 128 - code if code < 0 else code
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
@@ -84,17 +91,19 @@ def _repeat(name: str, stream: IO[str] | None) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_together() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Processes that get every SIGINT and SIGTERM of this one as SIGTERM; this one then waits for them."""
+def _stopped_together() -> Iterator[tuple[dict[str, subprocess.Popen[str]], threading.Event]]:
+    """Processes that get every SIGINT and SIGTERM of this one as SIGTERM, and whether they got any; this one then waits for them."""
     started: dict[str, subprocess.Popen[str]] = {}
+    stop = threading.Event()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        stop.set()
         for process in started.values():
             process.terminate()
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield started
+        yield started, stop
     except BaseException:
         pass_on(0, None)
         raise

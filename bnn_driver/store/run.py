@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bnn_driver.errors import BnnError, ConfigError, EnvironmentProblem, LockedError
+from bnn_driver.errors import BnnError, ConfigError, EnvironmentProblem, LockedError, writing
 from bnn_driver.store.files import holder, plain, read_json, write_atomic
 
 __all__ = ["EventLog", "RunDirectory", "read_events", "read_json", "read_segments", "write_atomic"]
@@ -121,7 +121,7 @@ class RunDirectory:
         """Own the run as `role` ("driver", "trainer") while the context lasts; a killed owner frees it at once.
 
         Args: wait: until the owner is gone, for a process that stands by and is ended from outside.
-        Raises: LockedError naming the live owner, EnvironmentProblem when the file system has no locks.
+        Raises: LockedError naming the live owner, EnvironmentProblem when the file system has no locks or no space.
         """
         path = self.lock_file(role)
         try:
@@ -140,12 +140,14 @@ class RunDirectory:
                 ) from error
             _warn_of_other_host(path, before)
             # Never deleted: a second process could hold the old file while a third locks a new one.
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder(role) | {"start": _now()}).encode(), 0)
+            with writing(path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(holder(role) | {"start": _now()}).encode(), 0)
             try:
                 yield
             finally:
-                os.ftruncate(descriptor, 0)
+                with contextlib.suppress(OSError):  # a disk that failed meanwhile: the lock ends with the descriptor all the same
+                    os.ftruncate(descriptor, 0)
         finally:
             os.close(descriptor)
 

@@ -110,9 +110,11 @@ def test_a_worker_that_outlives_its_pool_is_waited_for(start: Callable[..., Remo
     (pool,) = pools(tmp_path)
     future = executor.submit(helium(SLOW))
     assert eventually(lambda: calls(tmp_path / "work") == 2)
+    started = pool.children(recursive=True)
     pool.kill()
     assert future.result(timeout=180).energy == -8.0
     assert calls(tmp_path / "work") == 2  # its label was there before that of a second worker
+    assert eventually(lambda: not [p for p in started if alive(p)], 30), [p.cmdline() for p in started if alive(p)]
 
 
 def test_the_death_of_the_interchange_ends_the_run_with_its_name(start: Callable[..., RemoteExecutor], tmp_path: Path) -> None:

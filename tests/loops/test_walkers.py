@@ -50,7 +50,7 @@ def processes_of(config: Path, words: str) -> list[psutil.Process]:
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Three walkers, under way: every one has made some steps."""
-    config = write_run(tmp_path, steps=250, walkers=3, max_lag=2)
+    config = write_run(tmp_path, steps=150, walkers=3, max_lag=2)
     process = subprocess.Popen(
         command("run", config),
         stdout=subprocess.PIPE,
@@ -59,8 +59,8 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     end = time.monotonic() + 240
-    while not all((config.parent / "run" / "walkers" / f"w{n}" / "ipi" / "RESTART").exists() for n in range(3)):
-        assert time.monotonic() < end, process.communicate()[0] if process.poll() is not None else "no RESTART"
+    while not all(any(e["step"] >= 5 for e in events(config, f"w{n}", "decision")) for n in range(3)):
+        assert time.monotonic() < end, process.communicate()[0] if process.poll() is not None else "no steps"
         time.sleep(0.05)
     yield process
     if process.poll() is None:
@@ -138,7 +138,7 @@ def test_the_trainer_s_owner_dies_and_another_walker_s_trainer_takes_over(starte
     psutil.Process(owner).kill()
     output, _ = started.communicate(timeout=300)
     assert started.returncode == 0, output
-    check_all_finished(config, 250)
+    check_all_finished(config, 150)
 
 
 def test_kill_9_of_a_walker_spares_the_others_and_the_same_command_brings_it_to_its_end(
@@ -150,9 +150,9 @@ def test_kill_9_of_a_walker_spares_the_others_and_the_same_command_brings_it_to_
     output, _ = started.communicate(timeout=300)
     assert started.returncode == 128 + signal.SIGKILL, output
     assert "w0 (exit code 137)" in output
-    assert outputs(config, "w1")[-1, 0] == outputs(config, "w2")[-1, 0] == 250
+    assert outputs(config, "w1")[-1, 0] == outputs(config, "w2")[-1, 0] == 150
     assert program("run", config).returncode == 0
-    check_all_finished(config, 250)
+    check_all_finished(config, 150)
 
 
 def test_sigterm_stops_all_cleanly(started: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_sigterm_stops_all_cleanly(started: subprocess.Popen[str], tmp_path: Pat
     assert started.returncode == 75, output
     assert not processes_of(tmp_path / "bnn.toml", "bnn_driver")
     assert program("run", tmp_path / "bnn.toml").returncode == 0
-    check_all_finished(tmp_path / "bnn.toml", 250)
+    check_all_finished(tmp_path / "bnn.toml", 150)
 
 
 def test_kill_9_of_the_whole_leaves_no_orphan(started: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_kill_9_of_the_whole_leaves_no_orphan(started: subprocess.Popen[str], tm
         assert time.monotonic() < end, processes_of(tmp_path / "bnn.toml", "bnn_driver")
         time.sleep(0.1)
     assert program("run", tmp_path / "bnn.toml").returncode == 0
-    check_all_finished(tmp_path / "bnn.toml", 250)
+    check_all_finished(tmp_path / "bnn.toml", 150)
 
 
 @pytest.mark.parametrize(

@@ -183,10 +183,10 @@ def cluster(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_chain_of_jobs_reaches_the_last_step(tmp_path: Path) -> None:
-    config = with_margin(write_run(tmp_path, steps=60, delay="1.5 s"))
+    config = with_margin(write_run(tmp_path, steps=60, delay="2 s"))  # 16 labels: more than one job
     script = tmp_path / "submit.sh"
     script.write_text((ROOT / "examples" / "cluster" / "submit.sh").read_text())
-    environment = cluster(tmp_path) | {"JOB_SECONDS": "35", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    environment = cluster(tmp_path) | {"JOB_SECONDS": "25", "SLURM_SUBMIT_DIR": str(tmp_path)}
     done = subprocess.run(
         [str(tmp_path / "commands" / "sbatch"), "submit.sh", config.name],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import signal
 import time
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_a_killed_owner_frees_the_lock(run: RunDirectory) -> None:
         os.waitpid(pid, 0)
     with run.lock("driver"):
         pass
+
+
+def test_a_disk_that_takes_no_lock_is_named_with_the_remedy(run: RunDirectory) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # no file can grow, as on a full disk
+    try:
+        with pytest.raises(EnvironmentProblem, match=r"LOCK\.trainer could not be written.*; free space"), run.lock("trainer"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with run.lock("trainer"):
+        assert "trainer" in run.lock_file("trainer").read_text()
 
 
 def test_a_lock_left_by_another_host_is_warned_of(run: RunDirectory, caplog: pytest.LogCaptureFixture) -> None:
