@@ -58,20 +58,21 @@ class Watch:
         prediction = self.predict(frames)
         check_forces(prediction.mean_forces, sanity.max_force)
         disagreement = qbc.atom_disagreement(prediction.forces)
+        above = limit is not None and not (disagreement <= limit).all()
+        self._keep(frames, disagreement.mean(axis=-1), always=above)  # the frame that stops a walker is one worth a label
         if limit is not None:
             check_disagreement(disagreement, limit)
-        self._keep(frames, disagreement.mean(axis=-1))
         decisions = self._judge(prediction, frames)
         worst = float(disagreement.mean(axis=-1).max())
         self.on_step(self.counter.moment()[0], f"disagreement {1e3 * worst:.1f} meV/Å | {len(self.kept)} frames")
         self.counter.advance(len(request.positions), request.rows, request.padding)
         return make_reply(prediction, decisions, {}, frames, 0.0, self.config.output.extras)
 
-    def _keep(self, frames: Frames, disagreement: Array) -> None:
+    def _keep(self, frames: Frames, disagreement: Array, always: bool) -> None:
         e = self.config.explore
         for b in range(len(frames)):
             step, bead = self.counter.moment(b)
-            if step % e.stride == 0:
+            if always or step % e.stride == 0:
                 check_whole(frames[b], e.max_gap)
                 self.kept.append(frames[b], step, bead, float(disagreement[b]))
 

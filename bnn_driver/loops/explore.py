@@ -24,7 +24,7 @@ import numpy as np
 
 from bnn_driver.active.criteria import Calibration
 from bnn_driver.active.stopping import Explored
-from bnn_driver.errors import BnnError
+from bnn_driver.errors import BnnError, GuardStop
 from bnn_driver.explore_config import ExploreConfig, read_explore_config
 from bnn_driver.loops.assembly import (
     TOY,
@@ -86,11 +86,8 @@ def gather(config_file: Path) -> Parts:
     oracle.check(system.like)
     make_policy(config, system.like.numbers, 0.0)
     known = read_known(config, base, fingerprint(oracle))
-    own = load_model(config, base, system.like.numbers, config.potential.device)
-    if known is None:
-        return Parts(config, base, system, options, oracle, None, own, tuple(np.unique(system.like.numbers).tolist()))
-    elements = tuple(sorted({*known.pool.elements, *system.like.numbers.tolist()}))
-    if config.potential.model != TOY:
+    elements = tuple(sorted({*(() if known is None else known.pool.elements), *system.like.numbers.tolist()}))
+    if known is not None and config.potential.model != TOY:
         check_elements(known.pool, foundation_elements(config, base), config.potential.model)
     model = load_model(config, base, np.array(elements), config.potential.device)
     return Parts(config, base, system, options, oracle, known, model, elements)
@@ -243,6 +240,11 @@ class Exploration:
         if (done := self._record("screened", number)) is not None:
             return done
         begin, kept = time.monotonic(), self.walks.kept(number)
+        if not len(kept):
+            raise GuardStop(
+                f"no walker of round {number} has kept a frame: all left the sanity window at once, in {self.folder / f'round_{number:03d}'}. "
+                "Delete that folder to try again with other settings: a wider window, more start frames, longer updates"
+            )
         found = screen(self.chains, kept, np.arange(len(kept)))
         ended = [self.walks.done(number, name) or {} for name in self.config.walkers()]
         facts = {

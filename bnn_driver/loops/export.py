@@ -56,10 +56,11 @@ def export_run(run_path: Path, target: str, folder: Path) -> str:
     if isinstance(config, SelectConfig) and config.committee.kind == "scratch":
         raise ConfigError(f"the members of this selection are model files already: {run.generations_dir}/*/member_*.model")
     base = Path(facts["effective"]["base"])
-    model = load_model(config, base, np.array(facts["physics"]["numbers"]), "cpu")
+    known = facts["physics"]
+    model = load_model(config, base, np.array(known.get("elements", known["numbers"])), "cpu")
     if not isinstance(model.potential, MacePotential):
         raise ConfigError("this run has the toy potential, which has no model file to export")
-    if model.checksum != facts["physics"]["model"]:
+    if model.checksum != known["model"]:
         raise EnvironmentProblem(
             f"{config.potential.model} is not the file that the run was begun with (its SHA-256 differs); restore it"
         )

@@ -367,3 +367,30 @@ def test_elements_that_the_model_does_not_know_are_named(tmp_path: Path) -> None
     ase.io.write(tmp_path / "start.xyz", ase.Atoms("OI", positions=[[0, 0, 0], [1.9, 0, 0]]))
     with pytest.raises(BnnError, match=r"also has \[53\]"):
         check_exploration(config)
+
+
+def test_a_request_to_stop_ends_ipi_too_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    config = write_exploration(
+        tmp_path, ("steps = 40", "steps = 800"), ("stride = 4", "stride = 50"), ("rounds = 2", "rounds = 1")
+    )
+    process = subprocess.Popen(command("explore", config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    kept = tmp_path / "run" / "exploration" / "round_000" / "300K.extxyz"
+    while not kept.exists() or kept.stat().st_size < 600:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 75, process.stderr.read() if process.stderr else ""
+    if process.stderr:
+        process.stderr.close()
+    assert "stopped on request" in reason(config)
+    folder = kept.parent / "300K"
+    assert (folder / "RESTART").exists()
+    assert not (folder / "ipi.pid").exists(), "i-PI has ended"
+    begun = len(frames(config, 0))
+    assert begun < 17
+    config.write_text(config.read_text().replace("rounds = 1", 'rounds = 1\nmax_disagreement = "1 meV/A"'))
+    explore(config)
+    assert [a.info["step"] for a in frames(config, 0)] == list(range(0, 801, 50)), "it went on where it was"
+    stopped = [event for event in events(config, "dynamics") if event["round"] == 1]
+    assert "above the limit of 0.001 eV/Å" in stopped[0]["stopped"]
+    assert len(frames(config, 1)) == 1, "the frame on which the members disagree too much is kept"
