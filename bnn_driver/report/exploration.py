@@ -221,7 +221,7 @@ def exploration_figure(run_path: Path, out_png: Path) -> None:
     _rounds(panels[1], found)
     _errors(panels[2], found)
     _reliable(panels[3], found)
-    figures.save(figure, panels, out_png)
+    figures.save(figure, panels, out_png, columns=4)
 
 
 def _trajectories(panel: figures.Axes, found: Explored) -> None:
@@ -240,8 +240,12 @@ def _trajectories(panel: figures.Axes, found: Explored) -> None:
 def _rounds(panel: figures.Axes, found: Explored) -> None:
     """What came from fresh dynamics in every round, what was taken of it, and the level of what is known."""
     labels = _labels_before(found)
-    for name, colour, marker in (("chosen", figures.RED, "o"), ("fresh dynamics", figures.GREEN, "s"), ("known", "black", "D")):
-        key = {"chosen": "selected", "fresh dynamics": "fresh", "known": "known"}[name]
+    for name, colour, marker in (
+        ("chosen", figures.RED, "o"),
+        ("fresh dynamics", figures.GREEN, "s"),
+        ("what is known", "black", "v"),
+    ):
+        key = {"chosen": "selected", "fresh dynamics": "fresh", "what is known": "known"}[name]
         values = [(one.chosen if key == "selected" else one.screened).get(key) for one in found.rounds]
         shown = [(x, 1e3 * y) for x, y in zip(labels, values, strict=True) if y]
         if shown:

@@ -48,13 +48,13 @@ def blank(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Figure,
     return figure, figure.subplots(rows, columns, squeeze=False).ravel().tolist()
 
 
-def save(figure: Figure, panels: list[Axes], out_png: Path) -> None:
-    """Finish all panels, give them one legend, and write the file."""
+def save(figure: Figure, panels: list[Axes], out_png: Path, columns: int = 7) -> None:
+    """Finish all panels, give them one legend of so many columns, and write the file."""
     for panel in panels:
         panel.grid(True, which="major", color="0.92", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    _one_legend(figure, panels)
+    _one_legend(figure, panels, columns)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(Path(out_png), buffer.getvalue())
@@ -173,7 +173,7 @@ def _title(panel: Axes, text: str) -> None:
     panel.set_title(text, loc="left", fontsize=11)
 
 
-def _one_legend(figure: Figure, panels: list[Axes]) -> None:
+def _one_legend(figure: Figure, panels: list[Axes], columns: int) -> None:
     """Every symbol once, above all panels; a panel without any point says so."""
     handles: dict[str, Any] = {}
     for panel in panels:
@@ -181,7 +181,7 @@ def _one_legend(figure: Figure, panels: list[Axes]) -> None:
             handles.setdefault(name, handle)
         if not any(len(np.asarray(line.get_xdata())) for line in panel.lines if line.get_label() != "accuracy"):
             panel.text(0.5, 0.4, "nothing yet", transform=panel.transAxes, ha="center", color=GREY)
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=7, fontsize=9, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
 
 
 def _own_sd(label: JudgedLabel, history: History) -> float:

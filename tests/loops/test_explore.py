@@ -369,6 +369,7 @@ def test_elements_that_the_model_does_not_know_are_named(tmp_path: Path) -> None
         check_exploration(config)
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_ends_ipi_too_and_the_same_command_goes_on(tmp_path: Path) -> None:
     config = write_exploration(
         tmp_path, ("steps = 40", "steps = 800"), ("stride = 4", "stride = 50"), ("rounds = 2", "rounds = 1")
