@@ -190,6 +190,8 @@ class Exploration:
     def run(self) -> str:
         """Go on until it is enough; returns why."""
         e, number = self.config.explore, 0
+        while self._record("labelled", number) is not None:  # weights of finished rounds are not needed, and may be deleted
+            number += 1
         in_a_row = IN_A_ROW if self.parts.known is None else 1
         enough = Explored(e.approach, in_a_row, self.config.accuracy.confidence, e.rounds, self.config.oracle.max_labels)
         while True:

@@ -127,10 +127,12 @@ def test_a_finished_exploration_does_nothing_again(finished: Path) -> None:
 def test_more_rounds_go_on_and_other_physics_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished.parent, tmp_path / "copy")
     config = tmp_path / "copy" / "bnn.toml"
-    config.write_text(config.read_text().replace("rounds = 2", "rounds = 3"))
-    explore(config)
-    assert len(records(config, "chosen")) == 3
-    assert len(events(config, "update")) == 3
+    config.write_text(config.read_text().replace("rounds = 2", "rounds = 3") + "\n[output]\nkeep_generations = 1\n")
+    for _ in range(2):
+        explore(config)
+        assert len(records(config, "chosen")) == 3
+        assert len(events(config, "update")) == 3
+    assert not (tmp_path / "copy" / "run" / "generations" / "000001").exists(), "weights of finished rounds are not needed"
     config.write_text(config.read_text().replace("seed = 7", "seed = 8"))
     with pytest.raises(ConfigError, match="seed: was 7, now 8"):
         explore(config)
