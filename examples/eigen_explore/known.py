@@ -1,4 +1,4 @@
-"""Protonated water dimers that are known before the exploration: frames of short dynamics with the oracle of bnn.toml, labelled by it.
+"""Protonated water dimers that are known before the exploration: frames of short dynamics with GFN1-xTB, labelled by the oracle of bnn.toml.
 
 Nothing of it is an input from elsewhere: the dimer is built, relaxed and moved here.  Writes known.extxyz beside this file.
 """
@@ -24,7 +24,7 @@ KELVIN, FEMTOSECONDS, BETWEEN, SETTLING = 300.0, 0.5, 40, 200
 
 
 class Labelled(Calculator):
-    """An oracle of this program as an ASE calculator; keeps the last label."""
+    """An oracle of this program as an ASE calculator."""
 
     implemented_properties = ("energy", "forces")
 
@@ -36,7 +36,7 @@ class Labelled(Calculator):
         """Label the frame."""
         super().calculate(atoms, properties, system_changes)
         label = self.oracle(Frames(self.atoms.numbers, self.atoms.positions[None], charge=self.charge))
-        self.results = {"energy": label.energy, "forces": label.forces, "fingerprint": label.fingerprint}
+        self.results = {"energy": label.energy, "forces": label.forces}
 
 
 def zundel() -> Atoms:
@@ -58,7 +58,8 @@ def main() -> None:
     oracle = load_oracle(kind, absolute_paths(kind, config["oracle"].get(kind, {}), options.config.absolute().parent))
     rng = np.random.default_rng(config["run"]["seed"])
     atoms = zundel()
-    atoms.calc = Labelled(oracle, config["system"]["charge"])
+    charge = config["system"]["charge"]
+    atoms.calc = Labelled(load_oracle("tblite", {"method": "GFN1-xTB"}), charge)
     BFGS(atoms, logfile=None).run(fmax=0.05, steps=200)
     atoms.set_momenta(rng.normal(size=(len(atoms), 3)) * np.sqrt(units.kB * KELVIN * atoms.get_masses())[:, None])
     friction = 0.01 / units.fs
@@ -67,10 +68,10 @@ def main() -> None:
     kept = []
     for _ in range(options.frames):
         dynamics.run(BETWEEN)
+        label = oracle(Frames(atoms.numbers, atoms.positions[None], charge=charge))
         one = Atoms(atoms.numbers, atoms.positions)
-        one.info |= {"REF_energy": atoms.get_potential_energy(), "charge": atoms.calc.charge}
-        one.info["fingerprint"] = atoms.calc.results["fingerprint"]
-        one.arrays["REF_forces"] = atoms.get_forces()
+        one.info |= {"REF_energy": label.energy, "charge": charge, "fingerprint": label.fingerprint}
+        one.arrays["REF_forces"] = label.forces
         kept.append(one)
     ase.io.write(options.output, kept, format="extxyz")
     print(f"{len(kept)} frames of H5O2+ by {oracle.code} in {options.output}")
