@@ -64,9 +64,15 @@ class Connection:
         self._batch = 1
         self._pending = b""
 
+    def _read(self, size: int) -> bytes:
+        return self._silence.read(self._channel, size)
+
+    def _write(self, data: bytes) -> None:
+        self._silence.write(self._channel, data)
+
     def _header(self) -> bytes:
         self._silence.await_word(self._channel)
-        word = self._channel.read(wire.HEADER_SIZE)
+        word = self._read(wire.HEADER_SIZE)
         self.spoken = True
         return word
 
@@ -75,7 +81,7 @@ class Connection:
         while True:
             word = self._header()
             if word == wire.STATUS:
-                self._channel.write(wire.NEEDINIT if self._parameters is None else wire.READY)
+                self._write(wire.NEEDINIT if self._parameters is None else wire.READY)
             elif word == wire.INIT:
                 self._read_init()
             elif word == wire.POSDATA:
@@ -88,13 +94,13 @@ class Connection:
                 raise ProtocolError(f"expected STATUS, INIT, POSDATA or EXIT from {self._channel.name} but got {word!r}")
 
     def _read_init(self) -> None:
-        self._channel.read(4)  # a request id of i-PI, of no use here
-        size = wire.unpack_count(self._channel.read(4), "bytes of INIT")
-        self._parameters = self._channel.read(size).decode(errors="replace")
+        self._read(4)  # a request id of i-PI, of no use here
+        size = wire.unpack_count(self._read(4), "bytes of INIT")
+        self._parameters = self._read(size).decode(errors="replace")
         self._batch = wire.batch_size(self._parameters)
 
     def _read_posdata(self) -> Asked:
-        read = self._channel.read
+        read = self._read
         if self._shared_memory:
             h, positions, n_atoms = self._read_shared()
         elif self._batch > 1:
@@ -108,12 +114,12 @@ class Connection:
         return Asked(x, cell, self._parameters or "")
 
     def _read_shared(self) -> tuple[Array, Array, int]:
-        n_atoms = wire.unpack_atoms(self._channel.read(4))
+        n_atoms = wire.unpack_atoms(self._read(4))
         if self._shared is None:
             names = {}
             for kind in wire.SEGMENTS:
-                size = wire.unpack_count(self._channel.read(4), "bytes of a segment's name", limit=4096)
-                names[kind] = _text(self._channel.read(size), "the name of a segment")
+                size = wire.unpack_count(self._read(4), "bytes of a segment's name", limit=4096)
+                names[kind] = _text(self._read(size), "the name of a segment")
             self._shared = SharedArrays(names, self._batch, n_atoms)
         if n_atoms != self._shared.n_atoms:
             raise ProtocolError(f"i-PI sent {n_atoms} atoms through shared memory made for {self._shared.n_atoms}")
@@ -124,13 +130,13 @@ class Connection:
         data = self._packed(answer)
         word = self._pending or self._header()
         while word == wire.STATUS:
-            self._channel.write(wire.HAVEDATA)
+            self._write(wire.HAVEDATA)
             word = self._header()
         if word == wire.EXIT:
             return False
         if word != wire.GETFORCE:
             raise ProtocolError(f"expected GETFORCE or STATUS from {self._channel.name} but got {word!r}")
-        self._channel.write(data)
+        self._write(data)
         return True
 
     def _packed(self, answer: Answer) -> bytes:

@@ -74,7 +74,7 @@ class ForceServer:
     def _drop(self, say_exit: bool) -> None:
         if self._channel is not None:
             if say_exit:
-                with contextlib.suppress(IpiGone):
+                with contextlib.suppress(IpiGone, TimeoutError):
                     self._channel.write(wire.EXIT, seconds=1.0)
             self._channel.close()
             self._channel = None
@@ -153,6 +153,8 @@ class ForceServer:
         self._check_time(end)  # also for a code that answers every STATUS at once, for ever
         try:
             channel.write(data, max(0.01, end - time.monotonic()))
+        except TimeoutError:
+            raise self._too_slow(f"finish within {self._frame_timeout:g} s") from None
         except IpiGone:
             self._check_time(end)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ class Hung(IpiGone):
 
 
 class Silence:
-    """The time without a word on any connection while it was not this side that i-PI waited for."""
+    """The time without a word on any connection while it was not this side that i-PI waited for, or amid a message."""
 
     def __init__(self, limit: float = float("inf")) -> None:
         """Args: limit: s."""
@@ -45,3 +46,23 @@ class Silence:
                     "longer than that; see its log, and raise [ipi] silence_timeout if all is well"
                 )
         self._since = time.monotonic()
+
+    def read(self, channel: Channel, size: int) -> bytes:
+        """Exactly `size` bytes of a message that has begun.  Raises: Hung when they do not all come in time; IpiGone."""
+        deadline = None if math.isinf(self._limit) else time.monotonic() + self._limit
+        try:
+            return channel.read(size, deadline)
+        except TimeoutError:
+            raise self._stuck(channel, "sent a part of a message and no more") from None
+
+    def write(self, channel: Channel, data: bytes) -> None:
+        """All of `data`.  Raises: Hung when the other side does not take it in time; IpiGone."""
+        try:
+            channel.write(data, None if math.isinf(self._limit) else self._limit)
+        except TimeoutError:
+            raise self._stuck(channel, "taken only a part of a reply") from None
+
+    def _stuck(self, channel: Channel, what: str) -> Hung:
+        return Hung(
+            f"{channel.name} has {what} for {self._limit:g} s ([ipi] silence_timeout): it hangs or was stopped; see its log"
+        )

@@ -117,10 +117,12 @@ class Channel:
             raise IpiGone(f"the connection to {self.name} is closed") from error
 
     def write(self, data: bytes, seconds: float | None = None) -> None:
-        """All of `data` in one call.  Raises: IpiGone when the peer is gone, or does not take it within `seconds`."""
+        """All of `data` in one call.  Raises: IpiGone when the peer is gone; TimeoutError when it does not take it within `seconds`."""
         try:
             self._socket.settimeout(seconds)
             self._socket.sendall(data)
+        except TimeoutError:
+            raise TimeoutError(f"{self.name} did not take all of a message in time") from None
         except OSError as error:
             raise IpiGone(f"the connection to {self.name} broke: {error}") from error
 

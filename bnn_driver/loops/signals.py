@@ -14,11 +14,16 @@ from bnn_driver.errors import CleanStop
 def stop_on_signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM end the run cleanly, whatever it is doing: sockets are closed, so that i-PI can write its RESTART.
 
+    A scheduler may send SIGTERM to every process of a job, so that some get it twice: the second one changes nothing.
     Raises: CleanStop.
     """
+    stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -114,8 +114,10 @@ def pulse_file(run: RunDirectory) -> Path:
 
 def failed_labels(folder: Path) -> set[str]:
     """Ids of the labels of the last update that diverged."""
-    file = folder / FAILED
-    return set(json.loads(file.read_text())) if file.exists() else set()
+    try:
+        return set(json.loads((folder / FAILED).read_text()))
+    except FileNotFoundError:  # also when another walker's trainer removes it now
+        return set()
 
 
 class Place(Protocol):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -47,16 +46,18 @@ def run_walkers(config_file: Path, extra_arguments: Sequence[str] = ()) -> Path:
     config = read_config(config_file)
     run = RunDirectory(config_file.absolute().parent / config.run.directory)
     command = [sys.executable, "-m", "bnn_driver.cli", "run", str(config_file), *extra_arguments]
-    with _stopped_together() as (started, stop):
+    with _Walkers() as walkers:
+        started = walkers.started
         for name in config.ipi.walkers:
-            started[name] = _start([*command, "--walker", name])
+            if not walkers.asked_to_end:
+                walkers.add(name, _start([*command, "--walker", name]))
         threads = [threading.Thread(target=_repeat, args=(name, process.stderr)) for name, process in started.items()]
         for thread in threads:
             thread.start()
         codes = {name: process.wait() for name, process in started.items()}
         for thread in threads:
             thread.join()
-    codes = {name: _exit_code(code, stop.is_set()) for name, code in codes.items()}
+    codes = {name: _exit_code(code, walkers.asked_to_end) for name, code in codes.items()}
     if any(code not in (0, CLEAN_STOP) for code in codes.values()):
         raise WalkersFailed(codes, run)
     if stopped := [name for name, code in codes.items() if code == CLEAN_STOP]:
@@ -90,23 +91,34 @@ def _repeat(name: str, stream: IO[str] | None) -> None:
         sys.stderr.flush()
 
 
-@contextlib.contextmanager
-def _stopped_together() -> Iterator[tuple[dict[str, subprocess.Popen[str]], threading.Event]]:
-    """Processes that get every SIGINT and SIGTERM of this one as SIGTERM, and whether they got any; this one then waits for them."""
-    started: dict[str, subprocess.Popen[str]] = {}
-    stop = threading.Event()
+class _Walkers:
+    """Processes that get the first SIGINT or SIGTERM of this one, once, as SIGTERM; this one then waits for them."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        for process in started.values():
-            process.terminate()
+    def __init__(self) -> None:
+        self.started: dict[str, subprocess.Popen[str]] = {}
+        self.asked_to_end = False
+        self._told: set[str] = set()
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield started, stop
-    except BaseException:
-        pass_on(0, None)
-        raise
-    finally:
-        for number, handler in previous.items():
+    def add(self, name: str, process: subprocess.Popen[str]) -> None:
+        """One more, which is told at once if the signal came while it was being started."""
+        self.started[name] = process
+        if self.asked_to_end:
+            self.end()
+
+    def end(self, number: int = 0, frame: FrameType | None = None) -> None:
+        """Tell all that have not been told."""
+        self.asked_to_end = True
+        for name, process in self.started.items():
+            if name not in self._told:
+                self._told.add(name)
+                process.terminate()
+
+    def __enter__(self) -> _Walkers:
+        self._before = {number: signal.signal(number, self.end) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            self.end()
+        for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -105,7 +105,7 @@ TRIALS: list[Any] = [
     ),
     Stopped(
         "i-PI stopped (SIGSTOP)", "ipi", "ipi.engine.outputs:PropertyOutput.write", "",
-        ('connect_timeout = "20 s"', 'connect_timeout = "20 s"\nsilence_timeout = "4 s"'), (6,), "has said nothing for 4 s",
+        ('connect_timeout = "60 s"', 'connect_timeout = "60 s"\nsilence_timeout = "4 s"'), (6,), "has said nothing for 4 s",
     ),
     JumpingClock(),
 ]  # fmt: skip

@@ -72,14 +72,15 @@ def tolerant(request: Request) -> Reply:
         return Harmonic(0.5)(request)
 
 
-def client_reads(data: bytes, shared: bool = False) -> str:
-    """Our client meets an i-PI that sends `data` and hangs up; how it ended.  Any exception but a BnnError passes through."""
-    channel, theirs = canned(data, "i-PI")
+def client_reads(data: bytes, shared: bool = False, hang_up: bool = True, seconds: float = 2.0) -> str:
+    """Our client meets an i-PI that sends `data`, and hangs up or stays; how it ended.  Any exception but a BnnError passes through."""
+    channel, theirs = canned(data, "i-PI", hang_up)
     original = client_module.connect
     client_module.connect = lambda *_: channel
     client = Client(
-        [Endpoint("unix", "x")], tolerant, shared_memory=shared, connect_timeout=1.0, reconnects=0, gather_seconds=0.0
-    )
+        [Endpoint("unix", "x")], tolerant, shared_memory=shared, connect_timeout=1.0, reconnects=0, gather_seconds=0.0,
+        silence_timeout=seconds,
+    )  # fmt: skip
     try:
         with bounded(len(data)):
             return client.serve()

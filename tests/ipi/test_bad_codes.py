@@ -40,7 +40,7 @@ def code(force_server: ForceServer, script: Callable[[Channel], None]) -> Iterat
 
     def run() -> None:
         channel = connect(force_server.endpoint, 3.0)
-        with contextlib.suppress(IpiGone):
+        with contextlib.suppress(IpiGone, TimeoutError):
             script(channel)
         over.wait(10.0)
         channel.close()
@@ -188,7 +188,7 @@ def harmonic(force_server: ForceServer) -> threading.Thread:
 
 
 def _serve(client: Client) -> None:
-    with contextlib.suppress(IpiGone):
+    with contextlib.suppress(IpiGone, TimeoutError):
         client.serve()
 
 

@@ -189,7 +189,9 @@ def test_shared_memory(ipi: FakeIpi, batch: int):
 def test_reply_leaves_in_one_write(ipi: FakeIpi, monkeypatch: pytest.MonkeyPatch):
     writes: list[int] = []
     write = Channel.write
-    monkeypatch.setattr(Channel, "write", lambda self, data: (writes.append(len(data)), write(self, data))[1])
+    monkeypatch.setattr(
+        Channel, "write", lambda self, data, seconds=None: (writes.append(len(data)), write(self, data, seconds))[1]
+    )
     serving = Serving(client([ipi], Harmonic(K)))
     ipi.initialise("  batch_size:3")
     writes.clear()
@@ -554,6 +556,34 @@ def test_an_ipi_that_lives_and_says_nothing_is_given_up(ipi: FakeIpi):
     assert "nothing for 0.3 s" in str(outcome)
     assert "silence_timeout" in str(outcome)
     assert time.monotonic() - begin < 3.0
+
+
+def impatient(ipi: FakeIpi, handler: Callable[[Request], Reply]) -> Serving:
+    return Serving(
+        Client(
+            [ipi.endpoint], handler, shared_memory=False, connect_timeout=3.0, reconnects=9, gather_seconds=0.0, silence_timeout=0.3
+        )
+    )  # fmt: skip
+
+
+def test_an_ipi_that_stops_amid_a_message_is_given_up(ipi: FakeIpi):
+    serving = impatient(ipi, Harmonic(K))
+    ipi.initialise()
+    x, cell = frames(1)
+    ipi.say(wire.pack_posdata(x, cell, False)[:-5])
+    outcome = serving.join(5.0)
+    assert isinstance(outcome, IpiGone)
+    assert "sent a part of a message and no more for 0.3 s" in str(outcome)
+
+
+def test_an_ipi_that_takes_no_reply_is_given_up(ipi: FakeIpi):
+    serving = impatient(ipi, Harmonic(K))
+    ipi.initialise()
+    x, cell = frames(1, atoms=200_000)  # a reply of 4.8 MB, which no buffer of a socket holds
+    ipi.ask(x, cell)
+    outcome = serving.join(20.0)
+    assert isinstance(outcome, IpiGone)
+    assert "taken only a part of a reply for 0.3 s" in str(outcome)
 
 
 def test_a_silence_that_is_ours_is_no_silence_of_ipi(make: Callable[[int], list[FakeIpi]]):

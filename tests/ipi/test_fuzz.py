@@ -76,6 +76,15 @@ def test_sessions_of_ipi_with_bytes_changed(sessions: dict[str, bytes], mode: st
 
 
 @pytest.mark.ipi
+@pytest.mark.parametrize("mode", ["plain", "batched"])
+def test_sessions_of_an_ipi_that_stays_and_says_no_more(sessions: dict[str, bytes], mode: str) -> None:
+    rng, others = np.random.default_rng(3), list(sessions.values())
+    endings = Counter(client_reads(mutated(sessions[mode], others, rng), hang_up=False, seconds=0.05) for _ in range(CASES // 4))
+    report(f"{mode}, stays", endings)
+    assert {"ProtocolError", "Hung"} <= set(endings)
+
+
+@pytest.mark.ipi
 @pytest.mark.parametrize("hang_up", [True, False])
 def test_sessions_of_a_code_with_bytes_changed(sessions: dict[str, bytes], tmp_path: Path, hang_up: bool) -> None:
     assert server_reads(sessions["code"], tmp_path) == "results"

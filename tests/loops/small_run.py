@@ -44,7 +44,7 @@ CONFIG = """
 [run]
 seed = 7
 [ipi]
-connect_timeout = "20 s"
+connect_timeout = "60 s"
 {ipi}
 [system]
 periodic = false

@@ -156,9 +156,12 @@ def test_kill_9_of_a_walker_spares_the_others_and_the_same_command_brings_it_to_
 
 
 def test_sigterm_stops_all_cleanly(started: subprocess.Popen[str], tmp_path: Path) -> None:
+    for process in processes_of(tmp_path / "bnn.toml", "--walker"):  # as a scheduler does: everybody is told
+        process.send_signal(signal.SIGTERM)
     started.send_signal(signal.SIGTERM)
     output, _ = started.communicate(timeout=120)
     assert started.returncode == 75, output
+    assert output.count("stopped on request; the same command goes on") == 3, output
     assert not processes_of(tmp_path / "bnn.toml", "bnn_driver")
     assert program("run", tmp_path / "bnn.toml").returncode == 0
     check_all_finished(tmp_path / "bnn.toml", 150)

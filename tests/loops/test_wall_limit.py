@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,19 @@ def left_alive(config: Path) -> list[psutil.Process]:
     return found
 
 
-def test_a_limit_in_the_middle_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def until(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], str]:
+    """A time that leaves so many seconds on a machine that starts and ends a run in five, and more on a slower one."""
+    config = write_run(tmp_path_factory.mktemp("pace"), steps=2)
+    begin = time.monotonic()
+    assert program("run", config).returncode == 0
+    slower = max(0.0, time.monotonic() - begin - 5.0)
+    return lambda seconds: f"{seconds + slower:.0f} s"
+
+
+def test_a_limit_in_the_middle_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path, until: Callable[[float], str]) -> None:
     config = with_margin(write_run(tmp_path, steps=4000, delay="0.3 s"), "6 s")
-    stopped = program("run", "--until", "24 s", config)
+    stopped = program("run", "--until", until(24), config)
     assert time.time() < end_of(config), "the margin sufficed"
     assert stopped.returncode == 75, stopped.stderr
     assert "wall limit" in stopped.stderr
@@ -89,9 +100,9 @@ def test_a_limit_in_the_middle_stops_cleanly_and_the_same_command_goes_on(tmp_pa
     assert len(ids) == len(set(ids)) == computed(config) >= have, "no label was computed twice"
 
 
-def test_a_label_that_cannot_finish_is_not_begun(tmp_path: Path) -> None:
+def test_a_label_that_cannot_finish_is_not_begun(tmp_path: Path, until: Callable[[float], str]) -> None:
     config = with_margin(write_run(tmp_path, steps=40, delay="4 s"))
-    stopped = program("run", "--until", "20 s", config)
+    stopped = program("run", "--until", until(20), config)
     assert stopped.returncode == 75, stopped.stderr
     assert "cannot finish" in stopped.stderr
     assert stops(config)[-1]["time"] < end_of(config) - 1.1, "the time in which no label could finish was given back"
@@ -106,10 +117,10 @@ def test_a_label_that_cannot_finish_is_not_begun(tmp_path: Path) -> None:
     assert new[0].context["step"] in (step_of_last, step_of_last + 1), "the frame that was left is asked for again"
 
 
-def test_a_first_label_that_outlasts_the_job_is_said_to_need_more_time(tmp_path: Path) -> None:
+def test_a_first_label_that_outlasts_the_job_is_said_to_need_more_time(tmp_path: Path, until: Callable[[float], str]) -> None:
     config = with_margin(write_run(tmp_path, steps=10, delay="60 s"))
     config.write_text(config.read_text().replace('timeout = "20 s"', 'timeout = "90 s"'))
-    refused = program("run", "--until", "10 s", config)
+    refused = program("run", "--until", until(10), config)
     assert refused.returncode == 7, refused.stderr
     assert "more time" in refused.stderr
     assert "wall limit" in stops(config)[-1]["reason"]
@@ -126,7 +137,7 @@ def test_no_time_but_the_margin_begins_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_audits_that_are_waited_for_stop_at_the_limit_too(tmp_path: Path) -> None:
+def test_audits_that_are_waited_for_stop_at_the_limit_too(tmp_path: Path, until: Callable[[float], str]) -> None:
     config = with_margin(write_run(tmp_path, steps=3, delay="0 s"))
     text = config.read_text().replace("probability = 0.1", "probability = 1")
     config.write_text(text.replace('energy = "400 meV"', 'energy = "40 eV"'))
@@ -134,7 +145,7 @@ def test_audits_that_are_waited_for_stop_at_the_limit_too(tmp_path: Path) -> Non
     (tmp_path / "input.xml").write_text((tmp_path / "input.xml").read_text().replace("3</total_steps>", "5</total_steps>"))
     have = len(labels(config))
     config.write_text(config.read_text().replace('delay = "0 s"', 'delay = "15 s"'))
-    stopped = program("run", "--until", "15 s", config)
+    stopped = program("run", "--until", until(15), config)
     assert stopped.returncode == 75, stopped.stderr
     assert stops(config)[-1]["reason"].startswith("finished; stopped before the wall limit")
     assert len(labels(config)) == have
@@ -143,14 +154,14 @@ def test_audits_that_are_waited_for_stop_at_the_limit_too(tmp_path: Path) -> Non
     assert len(labels(config)) == have + 2
 
 
-def test_serve_asks_the_ipi_that_it_drove_to_stop(tmp_path: Path) -> None:
+def test_serve_asks_the_ipi_that_it_drove_to_stop(tmp_path: Path, until: Callable[[float], str]) -> None:
     config = with_margin(write_run(tmp_path, steps=100_000))
     address = (tmp_path / "input.xml").read_text().split("<address>")[1].split("<")[0]
     ipi = Path(sysconfig.get_path("scripts")) / "i-pi"
     with (tmp_path / "ipi.log").open("w") as log:
         simulation = subprocess.Popen([str(ipi), "input.xml"], cwd=tmp_path, stdout=log, stderr=log)
         try:
-            served = program("serve", "-u", "-a", address, "--until", "15 s", config)
+            served = program("serve", "-u", "-a", address, "--until", until(15), config)
             assert served.returncode == 75, served.stderr
             assert simulation.wait(timeout=10) == 0
         finally:
@@ -182,11 +193,11 @@ def cluster(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_chain_of_jobs_reaches_the_last_step(tmp_path: Path) -> None:
+def test_a_chain_of_jobs_reaches_the_last_step(tmp_path: Path, until: Callable[[float], str]) -> None:
     config = with_margin(write_run(tmp_path, steps=60, delay="2 s"))  # 16 labels: more than one job
     script = tmp_path / "submit.sh"
     script.write_text((ROOT / "examples" / "cluster" / "submit.sh").read_text())
-    environment = cluster(tmp_path) | {"JOB_SECONDS": "25", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    environment = cluster(tmp_path) | {"JOB_SECONDS": until(25).removesuffix(" s"), "SLURM_SUBMIT_DIR": str(tmp_path)}
     done = subprocess.run(
         [str(tmp_path / "commands" / "sbatch"), "submit.sh", config.name],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
