@@ -85,9 +85,11 @@ class ParslSettings(Section):
     """A Python file that defines `config`, a parsl.config.Config; it is executed.  Relative to the config file."""
     slurm: Slurm | None = None
     jobs_per_hour: int = Field(default=30, ge=1)
-    """Jobs submitted within any hour; beyond it labels, or the trainer, wait."""
+    """Jobs submitted within any hour by all processes of a run together; beyond it labels, or the trainer, wait."""
     heartbeat: Seconds = Field(default="1 min", ge=4)  # type: ignore[assignment]
     """A worker, node or driver of which nothing is heard for so long counts as lost."""
+    queue_timeout: Seconds = Field(default="7 d", gt=0)  # type: ignore[assignment]
+    """A label, or the trainer, for which no job has begun after so long ends the run."""
     idle: Seconds = "10 min"  # type: ignore[assignment]
     """Jobs without work are given back after this."""
 

@@ -59,7 +59,7 @@ class Child:
         self._environment = dict.fromkeys(THREADS, str(job.threads)) | {"OMP_WAIT_POLICY": "passive"}
         self._child: subprocess.Popen[bytes] | None = None
         self._labels = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a handler of signals calls `interrupt` in the thread that may hold it
 
     def label(
         self, frame: Frames, name: str, stop: threading.Event, limit: float, *, attempt: str = "", own: tuple[str, ...] = ()
@@ -135,7 +135,7 @@ class Child:
         return error_from_facts(answer)
 
     def interrupt(self) -> None:
-        """Kill the child from another thread; its own thread sees it and cleans up."""
+        """Kill the child, from another thread or a handler of signals; its own thread sees it and cleans up."""
         with self._lock:
             if self._child is not None:
                 _kill_group(self._child)
@@ -143,11 +143,12 @@ class Child:
     def kill(self) -> None:
         """Kill the child and its whole group, whatever it does; it holds nothing that is not on disk."""
         with self._lock:
-            child, self._child = self._child, None
+            child = self._child
             if child is None:
                 return
             _kill_group(child)
             child.wait()
+            self._child = None  # not before: a handler of signals that comes in between must find it
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 pipe.close()
@@ -159,5 +160,7 @@ def _lives(child: subprocess.Popen[bytes]) -> bool:
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    if child.returncode is not None:
+        return  # its number may be another's by now
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)

@@ -35,6 +35,7 @@ from parsl.providers import LocalProvider, SlurmProvider
 from bnn_driver.errors import BnnError, ConfigError, EnvironmentProblem, OracleCrashed, WorkerLost
 from bnn_driver.executor_config import Mpi, Slurm, drain_period
 from bnn_driver.executors.pace import HourlyCap
+from bnn_driver.executors.remote import overdue
 from bnn_driver.executors.task import label_task
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Layout:
     places: int
     """Tasks at a time when all jobs run."""
     mpi: Mpi | None = None
+    queue_timeout: float | None = None
+    """s, of a task that waits for a job; None: there is no queue."""
 
 
 def on_this_machine(
@@ -153,6 +156,11 @@ def _complete(path: Path, config: Config, executor: HighThroughputExecutor, time
     if executor.block_error_handler is simple_error_handler:
         executor.block_error_handler = partial(windowed_error_handler, threshold=FAILED_BLOCKS)
         log.info("%s: the default block_error_handler ends an executor that loses its only job; the windowed one is used", path)
+    if not executor.encrypted:
+        executor.encrypted = True  # what comes over Parsl's sockets is unpickled, and they listen to the network
+        log.info(
+            "%s: encrypted is not true (for an MPIExecutor by default); Parsl's sockets take nobody without this run's keys", path
+        )
     if config.strategy in (None, "none"):
         raise ConfigError(f'{path}: strategy = "none" never replaces a lost job; use "simple"')
     if config.run_dir == "runinfo":
@@ -226,13 +234,12 @@ def _config(executor: HighThroughputExecutor, folder: Path, idle: float) -> Conf
 class Deployment:
     """A running Parsl.  It ends with this process, however that ends: workers follow within the heartbeat."""
 
-    def __init__(self, layout: Layout, jobs_per_hour: int, heartbeat: float, task: Callable[[str], str] = label_task) -> None:
+    def __init__(self, layout: Layout, cap: HourlyCap, heartbeat: float, task: Callable[[str], str] = label_task) -> None:
         """Start; jobs are submitted from now on.
 
-        Args: heartbeat: s for which the interchange may be silent.   task: what workers run.   Raises: EnvironmentProblem.
+        Args: cap: of jobs.   heartbeat: s for which the interchange may be silent.   task: what workers run.   Raises: EnvironmentProblem.
         """
-        self._layout, self._config, self._heartbeat, self._task = layout, layout.config, heartbeat, task
-        self._cap = HourlyCap(jobs_per_hour)
+        self._layout, self._config, self._cap, self._heartbeat, self._task = layout, layout.config, cap, heartbeat, task
         self._executors = [e for e in self._config.executors if isinstance(e, HighThroughputExecutor)]
         self._failure: Exception | None = None
         self._lock = threading.Lock()
@@ -270,6 +277,10 @@ class Deployment:
     def problem(self) -> str:
         """Why no task will ever be finished any more; empty while all is well."""
         return self._problem(self._layout.executor)
+
+    def overdue(self, waited: float) -> str:
+        """As `remote.Workers`."""
+        return overdue(waited, self._layout.queue_timeout, self._config.run_dir)
 
     def meaning(self, error: Exception) -> BnnError:
         """Lost workers and nodes, a node that fails, tasks that cannot be run there at all, and the rest."""
@@ -334,12 +345,7 @@ class Deployment:
         scale_out = executor.scale_out_facade
 
         def capped(wanted: int) -> list[str]:
-            granted = self._cap.take(wanted)
-            if granted < wanted:
-                log.warning(
-                    "%d more jobs are wanted, but %d were submitted within the hour (jobs_per_hour); the next one in %.0f s",
-                    wanted - granted, self._cap.limit, self._cap.next_in(),
-                )  # fmt: skip
+            granted = self._cap.grant(wanted)
             return list(scale_out(granted)) if granted else []
 
         vars(executor)["scale_out_facade"] = capped

@@ -185,19 +185,29 @@ class Pool:
     def _attempt(self, task: _Task, place: Place, limit: float) -> BnnError | None:
         """None when the label should be in the spool."""
         while not self._killed.is_set():
+            if self._waited_until_free(task.name) and read_done(self.spool, task.name) is not None:
+                return None
+            if self._killed.is_set():
+                break
             try:
                 failure = place.label(task.frame, task.name, task.priority, self._killed, limit)
             except (OracleTimeout, OracleCrashed, FrameBusy) as error:
                 failure = error
             if not isinstance(failure, FrameBusy):
                 return failure
-            self._wait_until_free(task.name)
-            if read_done(self.spool, task.name) is not None:
-                return None
         return OracleCrashed("the executor was shut down")
 
-    def _wait_until_free(self, name: str) -> None:
-        """Raises: OracleTimeout when the other process has had its time for the label and still holds the frame."""
+    def _waited_until_free(self, name: str) -> bool:
+        """Wait while another process computes the frame, and say so.  Returns: whether one did.
+
+        Raises: OracleTimeout when the other process has had its time for the label and still holds the frame.
+        """
+        if not is_claimed(self.spool, name):
+            return False
+        other = holder(self.spool, name)
+        log.warning(
+            "waiting for the label of frame %s: pid %s on %s computes it", name, other.get("pid", "?"), other.get("host", "?")
+        )
         limit, pause = START_LIMIT + 1.2 * LONGEST * self._timeout, 0.02
         end = time.monotonic() + limit
         while is_claimed(self.spool, name) and not self._killed.wait(pause):
@@ -208,3 +218,4 @@ class Pool:
                     f"pid {other.get('pid', '?')}); end it if it hangs"
                 )
             pause = min(1.0, 1.5 * pause)
+        return True

@@ -43,11 +43,28 @@ class Workers(Protocol):
     def problem(self) -> str:
         """Why no task will ever be finished any more; empty while all is well."""
 
+    def overdue(self, waited: float) -> str:
+        """What to look at when a task has waited for a worker for so long (s); empty while that is nothing unusual."""
+
     def meaning(self, error: Exception) -> BnnError:
         """What the exception of a future says about the frame."""
 
     def close(self) -> None:
         """End all jobs and processes; what runs is lost."""
+
+
+def overdue(waited: float, queue_timeout: float | None, logs: str) -> str:
+    """For `Workers.overdue`.  Args: waited: s.   queue_timeout: s; None: workers of this machine, which only have to start."""
+    limit = START_LIMIT if queue_timeout is None else queue_timeout
+    if waited <= limit:
+        return ""
+    if queue_timeout is None:
+        return f"no worker on this machine has taken it within {limit:g} s; see {logs} and give the same command again"
+    return (
+        f"no job has taken it within {limit / 86400:.3g} days (queue_timeout); look whether its jobs wait, are held or were refused "
+        "(squeue, or what your scheduler has), whether workers start in those that run, and whether jobs_per_hour holds them back; "
+        f"see {logs} and give the same command again"
+    )
 
 
 class RemoteExecutor(Pool):
@@ -82,7 +99,8 @@ class _RemotePlace:
     def label(self, frame: Frames, name: str, priority: int, stop: threading.Event, limit: float) -> BnnError | None:
         attempt = uuid.uuid4().hex
         future = self._workers.submit(order(self._facts, self._work, frame, name, attempt), priority)
-        self._wait(future, name, attempt, stop)
+        if not self._wait(future, name, attempt, stop):
+            return None
         try:
             failure = answer(future.result())
         except Exception as error:  # whatever ended the worker or its way back
@@ -91,10 +109,11 @@ class _RemotePlace:
             self._wait_for_file(name, stop)
         return failure
 
-    def _wait(self, future: Future[str], name: str, attempt: str, stop: threading.Event) -> None:
-        """Return when the future is done.
+    def _wait(self, future: Future[str], name: str, attempt: str, stop: threading.Event) -> bool:
+        """True when the future is done; False when the label is in the spool, for an answer may be lost.
 
-        Raises: WorkerLost when the task has begun and is long overdue; EnvironmentProblem; OracleCrashed after `stop`.
+        Raises: WorkerLost when the task has begun and is long overdue; EnvironmentProblem, also when no worker takes it;
+            OracleCrashed after `stop`.
         """
         limit = START_LIMIT + self._job.timeout + GRACE
         submitted = told = time.monotonic()
@@ -103,6 +122,8 @@ class _RemotePlace:
             now = time.monotonic()
             if stop.is_set():
                 raise OracleCrashed("the executor was shut down")
+            if read_done(self._spool, name) is not None:
+                return False
             if problem := self._workers.problem():
                 raise EnvironmentProblem(problem)
             if begun is None and holder(self._spool, name).get("attempt") == attempt:
@@ -111,9 +132,12 @@ class _RemotePlace:
                 raise WorkerLost(
                     f"nothing was heard of a worker for {limit:g} s after it began, which is longer than a label may take"
                 )
+            if begun is None and (overdue := self._workers.overdue(now - submitted)):
+                raise EnvironmentProblem(f"frame {name} still waits for its label: {overdue}")
             if begun is None and now - told > TELL_EVERY:
                 told = now
                 log.warning("frame %s has been waiting for a worker for %.0f min", name, (now - submitted) / 60)
+        return True
 
     def _wait_for_file(self, name: str, stop: threading.Event) -> None:
         end = time.monotonic() + FILE_PATIENCE

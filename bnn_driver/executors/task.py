@@ -77,6 +77,8 @@ def _child(job: dict[str, Any], work: Path) -> Child:
 
 def _end(number: int, frame: FrameType | None) -> None:
     """With the worker ends what its child has started, too."""
-    for child in _children.values():
-        child.interrupt()
-    os._exit(128 + number)
+    try:
+        for child in _children.values():
+            child.interrupt()
+    finally:
+        os._exit(128 + number)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 1.0  # how long a lost i-PI may take to listen again
 EXIT_SECONDS = 0.1  # between EXIT and looking whether i-PI still listens: it closes its socket right after
-WAKE_SECONDS = 0.2  # how often a waiting thread looks whether the client is closing
+WAKE_SECONDS = 0.2  # how often a waiting thread looks whether the client is closing, or a signal came
 JOIN_SECONDS = 5.0
 
 Row = tuple[Array, Array, Array, str]  # energy (), forces (A, 3), virial (3, 3) and extras of one structure
@@ -134,7 +134,7 @@ class Client:
         """What is asked within the window, at most one per live connection, and how many connections ended meanwhile."""
         tickets: list[_Ticket] = []
         ended = 0
-        item: _Ticket | _Ended = inbox.get()
+        item = self._next(inbox)
         end = time.monotonic() + self._gather_seconds
         while True:
             if isinstance(item, _Ticket):
@@ -149,6 +149,12 @@ class Client:
                 item = inbox.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 return tickets, ended
+
+    def _next(self, inbox: queue.SimpleQueue[_Ticket | _Ended]) -> _Ticket | _Ended:
+        """The next item; a signal that comes just before the wait begins would otherwise be handled at the end of the wait."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return inbox.get(timeout=WAKE_SECONDS)
 
     def _compute(self, asked: Sequence[Asked]) -> list[Answer]:
         """One answer for each, from one call of the handler per set of equal atom count and parameters."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from bnn_driver.errors import IpiGone
 from bnn_driver.ipi.transport import Channel
 
-CHECK_SECONDS = 60.0
-"""How often a waiting connection looks how long it has been."""
+CHECK_SECONDS = 1.0
+"""How often a waiting connection looks how long it has been, and whether a signal came just before the wait began."""
 
 
 class Hung(IpiGone):

@@ -289,7 +289,8 @@ class Driver:
     def _take_audits(self, timeout: float = 0.0) -> None:
         for answer in self.labelling.collect(self.warn, timeout):
             if answer.label.frame_id not in self._observed:
-                self._observe_audit(answer)
+                if answer.context["audit"]:
+                    self._observe_audit(answer)
                 self._learn(answer)
 
     def _observe_audit(self, answer: LabelledFrame) -> None:
@@ -385,8 +386,6 @@ class Driver:
         begin = time.monotonic()
         self._take_audits(audit_timeout)
         self.clock.oracle += time.monotonic() - begin
-        if audit_timeout > 0 and self.labelling.audits_in_flight:
-            self.warn(
-                f"{self.labelling.audits_in_flight} audits did not come back within {audit_timeout:g} s; run again to wait for them"
-            )
+        if audit_timeout > 0 and (left := self.labelling.in_flight):
+            self.warn(f"{left} labels did not come back within {audit_timeout:g} s; run again to wait for them")
         self.events.append("clock", steps=self.step, **self.clock.facts())

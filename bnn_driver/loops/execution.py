@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bnn_driver.config import Config
 from bnn_driver.errors import ConfigError, EnvironmentProblem
+from bnn_driver.executor_config import ParslSettings
 from bnn_driver.executors.children import Job
 from bnn_driver.executors.local import LocalExecutor
+from bnn_driver.executors.pace import HourlyCap
 from bnn_driver.executors.pool import Pool
 from bnn_driver.executors.remote import RemoteExecutor
 from bnn_driver.loops.labelling import Labelling
@@ -19,14 +22,18 @@ from bnn_driver.loops.quarantine import Quarantine, settings_digest
 from bnn_driver.loops.remote_trainer import Deployed, OnParsl
 from bnn_driver.loops.trainer import Here, Place
 from bnn_driver.loops.trainer_task import run_trainer
-from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle, read_done
+from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle
 from bnn_driver.store.dataset import LabelStore
+from bnn_driver.store.files import shared_list
 from bnn_driver.store.run import RunDirectory
 
 CHAINS = "chains"
 """Label of the trainer's executor in Parsl."""
 END_MARGIN = 30.0
 """Seconds at the end of a job in which the trainer must not begin; half a minute more is kept by `drain_period`."""
+
+JOBS = "jobs.json"
+"""When jobs were submitted; beside the spool, which all walkers share."""
 
 
 def limits_of(config: Config) -> Limits:
@@ -59,7 +66,8 @@ def _on_parsl(config: Config, base: Path, folder: Path, job: Job, work: Path) ->
         layout = parsl.from_file(_existing(base / e.config, "[executor]"), e.mpi, job.timeout, own)
     else:
         layout = parsl.on_this_machine(config.oracle.workers, own, e.heartbeat)
-    return RemoteExecutor(job, parsl.Deployment(layout, e.jobs_per_hour, e.heartbeat), layout.places, work)
+    deployment = parsl.Deployment(_patient(layout, e), _cap(e, Path(job.spool)), e.heartbeat)
+    return RemoteExecutor(job, deployment, layout.places, work)
 
 
 def make_trainer_place(config: Config, base: Path, run: RunDirectory) -> Place:
@@ -83,10 +91,27 @@ def make_trainer_place(config: Config, base: Path, run: RunDirectory) -> Place:
             layout = parsl.from_file(file, None, END_MARGIN, own)
         else:
             layout = parsl.on_this_machine(1, own, t.heartbeat, t.accelerators, CHAINS)
-        deployment: Deployed = parsl.Deployment(layout, t.jobs_per_hour, t.heartbeat, run_trainer)
+        deployment: Deployed = parsl.Deployment(_patient(layout, t), _cap(t, run.spool_dir), t.heartbeat, run_trainer)
         return deployment
 
     return OnParsl(run, t.threads, deploy)
+
+
+def _cap(settings: ParslSettings, spool: Path) -> HourlyCap:
+    """One for all jobs of a run: of its walkers, the trainer and earlier starts.  Worker pools of this machine, which are no jobs that
+    others wait for, count for each process alone."""
+    if _is_here(settings):
+        return HourlyCap(settings.jobs_per_hour)
+    return HourlyCap(settings.jobs_per_hour, partial(shared_list, spool.parent / JOBS))
+
+
+def _patient(layout: Any, settings: ParslSettings) -> Any:
+    """The layout, whose tasks wait as long as a queue may take."""
+    return layout if _is_here(settings) else replace(layout, queue_timeout=settings.queue_timeout)
+
+
+def _is_here(settings: ParslSettings) -> bool:
+    return settings.slurm is None and not settings.config
 
 
 def _parsl(what: str) -> Any:
@@ -125,6 +150,6 @@ def make_labelling(
     tried = settings_digest(o.kind, options, o.timeout, o.threads, asdict(limits))
     quarantine = Quarantine(run.oracle_dir / "quarantine", tried)
     pending = run.oracle_dir / "pending"
-    labelling = Labelling(LabelStore(run.labels_dir), executor, pending, name, o.max_labels, quarantine, run.walker)
-    labelling.recover(lambda frame_id: read_done(run.spool_dir, frame_id))
+    labelling = Labelling(LabelStore(run.labels_dir), executor, pending, name, o.max_labels, quarantine, run.walker, oracle.code)
+    labelling.recover(run.spool_dir)
     return labelling

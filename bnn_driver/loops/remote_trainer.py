@@ -97,6 +97,8 @@ class OnParsl:
             return self._how(self._deployed, self._task)
         if problem := self._deployed.problem():
             raise EnvironmentProblem(f"the trainer cannot go on: {problem}")
+        if self._waits and (overdue := self._deployed.overdue(time.monotonic() - self._submitted)):
+            raise EnvironmentProblem(f"the trainer still waits for a worker: {overdue}")
         return ""
 
     def waits(self) -> bool:

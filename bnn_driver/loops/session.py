@@ -165,11 +165,13 @@ class Session:
 
     def finish(self, reason: str, *, wait_for_audits: bool = False) -> None:
         """Take the audits that have come, or all that are in flight, and close the books."""
-        in_flight = self.driver.labelling.audits_in_flight
+        in_flight = self.driver.labelling.in_flight
         if wait_for_audits and in_flight:
-            self.progress.show(self.driver.step, f"waiting for {in_flight} audits", force=True)
+            self.progress.show(self.driver.step, f"waiting for {in_flight} labels", force=True)
         try:
             self.driver.finish(LONGEST * self.label_seconds * -(-in_flight // self.workers) if wait_for_audits else 0.0)
+            if wait_for_audits:
+                self.driver.labelling.forget_begun()
         except KeyboardInterrupt as error:
             reason = f"{reason}; {_reason(error)}"
             raise

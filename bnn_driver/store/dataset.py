@@ -86,9 +86,9 @@ class LabelStore:
         Args: frame: B = 1.   tolerance: Å, bound on every |dr| and |dcell|; i-PI's RESTART keeps 9 digits of a position.
         """
         distances = (
-            (_distance(frame, item.frame), number)
+            (distance(frame, item.frame), number)
             for number, item in self._labels.items()
-            if item.label.fingerprint == fingerprint and _comparable(frame, item.frame)
+            if item.label.fingerprint == fingerprint
         )
         nearest, number = min(distances, default=(np.inf, -1))
         return self._labels[number] if nearest < tolerance else None
@@ -120,8 +120,10 @@ def _comparable(a: Frames, b: Frames) -> bool:
     return same and np.array_equal(a.numbers, b.numbers)
 
 
-def _distance(a: Frames, b: Frames) -> float:
-    """Å, largest |dr| of an atom or |dcell| of a cell vector."""
+def distance(a: Frames, b: Frames) -> float:
+    """Å, largest |dr| of an atom or |dcell| of a cell vector; infinite between frames of other atoms, charge, spin or kind."""
+    if not _comparable(a, b):
+        return np.inf
     largest = _longest(a.positions[0] - b.positions[0])
     if a.cell is not None and b.cell is not None:
         largest = max(largest, _longest(a.cell[0] - b.cell[0]))

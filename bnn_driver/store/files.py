@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import platform
 import time
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from bnn_driver.errors import BnnError, EnvironmentProblem
+from bnn_driver.errors import BnnError, EnvironmentProblem, writing
+
+_log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 120.0
 """How long a writer waits for another one, whose writes take milliseconds."""
@@ -149,6 +152,36 @@ def _take(descriptor: int, folder: Path, seconds: float) -> None:
                 f"`fuser {folder / '.lock'}`, end it, and run the same command again"
             )
         time.sleep(LOCK_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def shared_list(path: Path) -> Iterator[list[Any]]:
+    """The list in a JSON file, for one process and thread at a time; changes are written at the end of the context.
+
+    A file that is missing or damaged holds an empty list, for what is kept so is no reason to stop.
+    Raises: EnvironmentProblem when the disk refuses, or as `folder_lock`.
+    """
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(path.parent, wait=True):
+        before = _list_in(path)
+        items = list(before or [])
+        yield items
+        if items != before:
+            write_atomic(path, json.dumps(items).encode())
+
+
+def _list_in(path: Path) -> list[Any] | None:
+    try:
+        items = json.loads(path.read_bytes())
+        if isinstance(items, list):
+            return items
+        _log.warning("%s is damaged and begun anew: expected a list, got %s", path, type(items).__name__)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        _log.warning("%s is damaged and begun anew: %s", path, error)
+    return None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from bnn_driver.executors.children import Job
+from bnn_driver.executors.pace import HourlyCap
 from bnn_driver.executors.parsl import Deployment, Layout, on_this_machine
 from bnn_driver.executors.remote import RemoteExecutor
 from bnn_driver.oracle import Limits, fingerprint, load_oracle
@@ -38,7 +39,7 @@ def deploy(
     """An executor of one worker pool on this machine, or of another layout; its processes carry the folder's name."""
     job = make_job(folder, kind, settings or {}, timeout)
     layout = layout or on_this_machine(workers, folder / "parsl", heartbeat)
-    return RemoteExecutor(job, Deployment(layout, jobs_per_hour, heartbeat), layout.places, folder / "work")
+    return RemoteExecutor(job, Deployment(layout, HourlyCap(jobs_per_hour), heartbeat), layout.places, folder / "work")
 
 
 def alive(process: psutil.Process) -> bool:

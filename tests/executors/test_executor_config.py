@@ -45,6 +45,7 @@ def test_units_end_at_the_config(tmp_path: Path) -> None:
     assert executor.slurm is not None
     assert executor.mpi is not None
     assert (executor.slurm.walltime, executor.idle, executor.heartbeat, executor.jobs_per_hour) == (14400.0, 600.0, 60.0, 12)
+    assert executor.queue_timeout == 7 * 86400.0
     assert (executor.mpi.nodes, executor.mpi.launcher) == (2, "srun")
 
 

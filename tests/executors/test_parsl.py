@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ import pytest
 from third_party import ACCELERATOR, FORKS, SLEEPS, SLOW, UNCONVERGED, calls, helium, install
 
 pytest.importorskip("parsl")
+import zmq
 from deployments import HEARTBEAT, LIMITS, alive, deploy, ended, eventually, family, oracles, pools
+from zmq.utils.monitor import recv_monitor_message
 
 from bnn_driver.errors import ConfigError, EnvironmentProblem, OracleCrashed, OracleTimeout, SCFNotConverged
-from bnn_driver.executors import LocalExecutor
+from bnn_driver.executor_config import Mpi
+from bnn_driver.executors import LocalExecutor, remote
 from bnn_driver.executors.parsl import from_file, on_this_machine
 from bnn_driver.executors.remote import RemoteExecutor
 from bnn_driver.oracle import read_done, read_failures
@@ -210,7 +214,7 @@ from parsl.executors import HighThroughputExecutor
 from parsl.providers import LocalProvider
 config = Config(executors=[HighThroughputExecutor(
     label="mine", address="127.0.0.1", max_workers_per_node=2, cores_per_worker=0.1, heartbeat_period=1, heartbeat_threshold=4,
-    launch_cmd={command!r}, provider=LocalProvider(worker_init={init!r}, max_blocks=1),
+    encrypted=False, launch_cmd={command!r}, provider=LocalProvider(worker_init={init!r}, max_blocks=1),
 )], strategy_period=1)
 """
 
@@ -230,6 +234,37 @@ def test_a_file_of_the_users_own(start: Callable[..., RemoteExecutor], tmp_path:
     assert "block_error_handler" in caplog.text
     executor = start(layout=layout)
     assert [f.result(timeout=180).energy for f in [executor.submit(helium(x=x)) for x in (0.0, 1.0, 2.0)]] == [0.0] * 3
+    assert "encrypted is not true" in caplog.text
+    for port in (layout.executor.worker_port, layout.executor.outgoing_q.port, layout.executor.incoming_q.port):  # type: ignore[union-attr]
+        assert not lets_in_strangers(port)
+
+
+def lets_in_strangers(port: int) -> bool:
+    """Whether a client without keys gets through to a socket of Parsl."""
+    failures = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    with zmq.Context() as context, context.socket(zmq.DEALER) as client:
+        client.linger = 0
+        with client.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | failures | zmq.EVENT_DISCONNECTED) as monitor:
+            client.connect(f"tcp://127.0.0.1:{port}")
+            assert monitor.poll(20_000), "neither let in nor refused"
+            through = bool(recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            client.disable_monitor()
+    return through
+
+
+def test_sockets_without_keys_would_be_seen() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server:
+        assert lets_in_strangers(server.bind_to_random_port("tcp://127.0.0.1"))
+
+
+def test_an_mpi_executor_of_the_users_own_is_encrypted_too(tmp_path: Path) -> None:
+    path = tmp_path / "parsl_config.py"
+    path.write_text(
+        "from parsl.config import Config\nfrom parsl.executors import MPIExecutor\n"
+        "from parsl.launchers import SimpleLauncher\nfrom parsl.providers import LocalProvider\n"
+        "config = Config(executors=[MPIExecutor(provider=LocalProvider(launcher=SimpleLauncher()))])\n"
+    )
+    assert from_file(path, Mpi(ranks_per_node=1), 20.0, tmp_path).executor.encrypted
 
 
 def test_jobs_that_fail_one_after_the_other_end_the_run(start: Callable[..., RemoteExecutor], tmp_path: Path) -> None:
@@ -238,6 +273,33 @@ def test_jobs_that_fail_one_after_the_other_end_the_run(start: Callable[..., Rem
         EnvironmentProblem, match=r"(?s)3 jobs failed one after the other.*EXIT CODE: 7.*no such module.*same command again"
     ):
         start(layout=layout).submit(helium()).result(timeout=180)
+
+
+@pytest.mark.parametrize("queue", [True, False])
+def test_a_label_that_no_worker_takes_ends_the_run_with_what_to_look_at(
+    start: Callable[..., RemoteExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: bool
+) -> None:
+    monkeypatch.setattr(remote, "START_LIMIT", 3.0)
+    layout = on_this_machine(1, tmp_path / "parsl", HEARTBEAT)
+    layout.executor.provider.worker_init = "sleep 300"  # type: ignore[union-attr]
+    executor = start(layout=replace(layout, queue_timeout=4.32) if queue else layout)
+    said = (
+        r"within 5e-05 days \(queue_timeout\).*squeue.*same command again"
+        if queue
+        else "no worker on this machine .* within 3 s; see"
+    )
+    with pytest.raises(EnvironmentProblem, match=said):
+        executor.submit(helium()).result(timeout=60)
+
+
+def test_a_label_that_takes_longer_than_a_worker_may_be_waited_for_is_no_such(
+    start: Callable[..., RemoteExecutor], tmp_path: Path
+) -> None:
+    layout = replace(on_this_machine(1, tmp_path / "parsl", HEARTBEAT), queue_timeout=30.0)
+    executor = start(layout=layout)
+    executor.submit(helium(x=1.0)).result(timeout=180)
+    object.__setattr__(layout, "queue_timeout", 2.0)
+    assert executor.submit(helium(SLOW)).result(timeout=60).energy == -8.0
 
 
 def test_no_more_jobs_than_allowed_are_submitted(

@@ -14,6 +14,7 @@ pytest.importorskip("parsl")
 from deployments import deploy, ended, eventually
 
 from bnn_driver.executor_config import Mpi, Slurm
+from bnn_driver.executors.pace import HourlyCap
 from bnn_driver.executors.parsl import Deployment, Layout, on_slurm
 from bnn_driver.executors.remote import RemoteExecutor
 from bnn_driver.loops.remote_trainer import MARK, OnParsl
@@ -101,7 +102,7 @@ def test_the_trainer_runs_in_a_job_and_is_submitted_again_when_that_is_cancelled
 
     def deploy() -> Deployment:
         slurm = Slurm.model_validate({"walltime": "30 min"})
-        return Deployment(on_slurm(slurm, None, 30.0, tmp_path / "parsl", 8.0, 60.0, "chains"), 30, 8.0, run_trainer)
+        return Deployment(on_slurm(slurm, None, 30.0, tmp_path / "parsl", 8.0, 60.0, "chains"), HourlyCap(30), 8.0, run_trainer)
 
     def begun() -> bool:
         assert place.ended() == ""

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ pytest.importorskip("parsl")
 from deployments import HEARTBEAT, ended, eventually, family, pools
 
 from bnn_driver.errors import EnvironmentProblem
+from bnn_driver.executors.pace import HourlyCap
 from bnn_driver.executors.parsl import Deployment, on_this_machine
 from bnn_driver.loops.remote_trainer import MARK, OnParsl
 from bnn_driver.loops.trainer import TrainerProcess
@@ -41,7 +43,7 @@ def place(tmp_path: Path) -> Iterator[Callable[..., OnParsl]]:
         def deploy() -> Deployment:
             layout = on_this_machine(1, tmp_path / "parsl", HEARTBEAT, accelerators, "chains")
             layout.executor.drain_period = drain
-            return Deployment(layout, 30, HEARTBEAT, run_trainer)
+            return Deployment(layout, HourlyCap(30), HEARTBEAT, run_trainer)
 
         made.append(OnParsl(RunDirectory(tmp_path / "run"), 1, deploy))
         return made[-1]
@@ -139,6 +141,20 @@ def test_time_in_a_queue_is_not_taken_for_a_hang(place: Callable[..., OnParsl], 
         with pytest.raises(EnvironmentProblem, match=r"did nothing for 0\.2 s"):
             process.wait_until_learnt({"a"}, 0)
         assert mark(tmp_path)["pid"], "it had begun"
+
+
+def test_a_trainer_that_no_worker_takes_ends_the_run_with_what_to_look_at(tmp_path: Path) -> None:
+    layout = on_this_machine(1, tmp_path / "parsl", HEARTBEAT, label="chains")
+    layout.executor.provider.worker_init = "sleep 300"  # type: ignore[union-attr]
+    patient = replace(layout, queue_timeout=3.0)
+    item = OnParsl(RunDirectory(tmp_path / "run"), 1, lambda: Deployment(patient, HourlyCap(30), HEARTBEAT, run_trainer))
+    item.start()
+    try:
+        assert item.ended() == ""
+        with pytest.raises(EnvironmentProblem, match=r"the trainer still waits .*queue_timeout"):
+            eventually(item.ended, 20)
+    finally:
+        item.stop()
 
 
 def test_a_trainer_that_fails_every_time_ends_the_run_with_its_words(place: Callable[..., OnParsl], tmp_path: Path) -> None:

@@ -11,23 +11,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from small_run import command, write_run
 
+from bnn_driver.loops.quarantine import RESTART_TOLERANCE
 from bnn_driver.oracle import read_done
 from bnn_driver.store import weights
-from bnn_driver.store.dataset import LabelStore
+from bnn_driver.store.dataset import LabelStore, distance
 from bnn_driver.store.run import read_events
 
 INSIDE = Path(__file__).parent / "inside"
 LIMIT = float(os.environ.get("BNN_FAULTS_LIMIT", "300"))
 """s within which any start must have ended; more on a machine that is busy with other work."""
-ORPHANS = 5.0
-"""s after which nothing of an ended or killed run may live."""
-EXECUTORS = {"local": ""}
-"""Where labels are computed -> what the config needs for it; every fault of a worker is tried with each."""
+ORPHANS = 5.0 * LIMIT / 300.0
+"""s after which nothing of an ended or killed run may live, where it needs no heartbeat to notice."""
+EXECUTORS = {"local": "", "parsl": '[executor]\nkind = "parsl"\nheartbeat = "{heartbeat:g} s"\n'}
+"""Where labels are computed -> what the config needs for it."""
+POOL, INTERCHANGE = "process_worker_pool", "high_throughput.interchange"
+"""Words of the command lines of Parsl's processes: the manager of the workers, and what stands between it and the driver."""
 TIMES = int(os.environ.get("BNN_FAULTS", "1"))
 """How many times as many random faults: BNN_FAULTS=20 for a campaign of an hour."""
 
@@ -48,6 +53,10 @@ class Fault:
     match: str = ""
     action: str = "kill"
     """kill, full (no space on the disk), hang, stop (SIGSTOP), jump (of the clock, in all processes)."""
+    victim: str = ""
+    """Whom to kill instead of the process itself: a word of a command line."""
+    until: str = ""
+    """A file for which the process then waits, before it goes on as if nothing had been."""
     lasting: bool = False
     """True: every later call too."""
     ends: tuple[int, ...] = (-signal.SIGKILL,)
@@ -93,6 +102,10 @@ class Place:
     steps: int = 12
     options: dict[str, Any] = field(default_factory=dict)
     executor: str = "local"
+    heartbeat: float = 4.0
+    """s after which Parsl's workers notice that their driver is gone; 4 is the least that the config allows."""
+    digits: bool = True
+    """Whether i-PI writes all digits; False: its default of nine, by which it asks for the same structure with other numbers."""
     starts: int = 0
     hits: list[str] = field(default_factory=list)
     """Faults whose survival is not proved before the run has ended well."""
@@ -103,7 +116,25 @@ class Place:
         text = self.config.read_text().replace("[accuracy]", "temperature_range = [1e-3, 1e3]\nloss_margin = 1e3\n[accuracy]")
         # a tight promise and many audits: something is asked in most steps
         text = text.replace('"400 meV"', '"150 meV"').replace("probability = 0.1", "probability = 0.25")
-        self.config.write_text(text + EXECUTORS[self.executor])
+        self.config.write_text(text + EXECUTORS[self.executor].format(heartbeat=self.heartbeat))
+        if not self.digits:
+            self._leave_digits_to_ipi()
+
+    def _leave_digits_to_ipi(self) -> None:
+        file, start = self.folder / "input.xml", self.folder / "init.xyz"
+        text, given = file.read_text(), " floatformat='%24.16e'"
+        assert given in text
+        file.write_text(text.replace(given, ""))
+        head, atoms = start.read_text().splitlines()[:2], np.loadtxt(start, skiprows=2, usecols=(1, 2, 3))
+        names = [line.split()[0] for line in start.read_text().splitlines()[2:]]
+        # so far from the origin the ninth digit changes the content id of nearly every frame
+        moved = [f"{name} {x:.3f} {y:.3f} {z:.3f}" for name, (x, y, z) in zip(names, atoms + 90.0, strict=True)]
+        start.write_text("\n".join([*head, *moved]) + "\n")
+
+    @property
+    def grace(self) -> float:
+        """s after which nothing of an ended or killed start may live."""
+        return ORPHANS if self.executor == "local" else ORPHANS + 2 * self.heartbeat
 
     @property
     def run(self) -> Path:
@@ -132,21 +163,19 @@ class Place:
         file.write_text(file.read_text().replace(f"<total_steps>{self.steps}<", f"<total_steps>{steps}<"))
         self.steps = steps
 
-    def start(self, fault: Fault | None = None, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *faults: Fault, arguments: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         """Begin `bnn-driver run` (or another verb) in the background."""
         self.starts += 1
         path = os.pathsep.join(filter(None, [str(INSIDE), os.environ.get("PYTHONPATH", "")]))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "BNN_COMPUTED": str(self.computed)}
-        if fault is not None:
-            environment["BNN_FAULT"] = json.dumps(asdict(fault) | {"marker": str(self.marker)})
+        environment["BNN_FAULT"] = json.dumps([asdict(x) | {"marker": str(self.marker(n))} for n, x in enumerate(faults)])
         words = command(*(arguments or ("run", str(self.config))))
         with self.output.open("w") as output:
             return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
 
-    @property
-    def marker(self) -> Path:
-        """Exists when the fault of this start has struck."""
-        return self.folder / f"struck-{self.starts}"
+    def marker(self, number: int = 0) -> Path:
+        """Exists when that fault of this start has struck."""
+        return self.folder / f"struck-{self.starts}-{number}"
 
     @property
     def output(self) -> Path:
@@ -162,12 +191,12 @@ class Place:
             process.wait(10)
             raise AssertionError(f"start {self.starts} did not end within {limit:g} s:\n{self._story()}") from None
         try:
-            until(lambda: not self.processes(), ORPHANS)
+            until(lambda: not self.processes(), self.grace)
         except AssertionError:
             left = self.processes()
             self.kill_all()
             raise AssertionError(
-                f"{ORPHANS:g} s after the end of start {self.starts} there live {left}\n{self._story()}"
+                f"{self.grace:g} s after the end of start {self.starts} there live {left}\n{self._story()}"
             ) from None
         return process.returncode, self.output.read_text()
 
@@ -198,15 +227,17 @@ class Place:
             except ProcessLookupError:
                 continue
 
-    def strike(self, fault: Fault) -> str:
-        """One start in which the fault strikes; what is left on disk must be sound.  Returns: what the program printed."""
-        Table.attempt(fault.name)
-        code, said = self.end(self.start(fault))
-        assert self.marker.exists(), f"{fault} was never reached; the run ended with {code}:\n{self._story()}"
-        assert code in fault.ends, f"{fault} ended the run with {code}, expected {fault.ends}:\n{self._story()}"
-        assert fault.says in said, f"{fault}: expected {fault.says!r} in\n{said}"
+    def strike(self, *faults: Fault) -> str:
+        """One start in which each fault strikes; what is left on disk must be sound.  Returns: what the program printed."""
+        for fault in faults:
+            Table.attempt(fault.name)
+        code, said = self.end(self.start(*faults))
+        for number, fault in enumerate(faults):
+            assert self.marker(number).exists(), f"{fault} was never reached; the run ended with {code}:\n{self._story()}"
+            assert code in fault.ends, f"{fault} ended the run with {code}, expected {fault.ends}:\n{self._story()}"
+            assert fault.says in said, f"{fault}: expected {fault.says!r} in\n{said}"
         assert "Traceback" not in said, said
-        self.hits.append(fault.name)
+        self.hits += [fault.name for fault in faults]
         self.check_disk()
         return said
 
@@ -217,6 +248,10 @@ class Place:
         assert names == [f"{n:06d}.extxyz" for n in range(len(labels))]
         ids = [item.label.frame_id for item in labels]
         assert len(ids) == len(set(ids)), "a frame has two labels"
+        twins = [
+            (a, b) for (a, x), (b, y) in combinations(enumerate(labels), 2) if distance(x.frame, y.frame) < RESTART_TOLERANCE
+        ]
+        assert not twins, f"the same structure has two labels: {twins}"
         list(read_events(self.run / "events"))
         spool = self.run / "oracle" / "spool"
         done = {file.stem for file in (spool / "done").glob("*.json") if read_done(spool, file.stem)}

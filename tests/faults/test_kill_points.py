@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from campaign import EXECUTORS, Fault, Place, chains_of
-from verify import resumes
+from campaign import INTERCHANGE, LIMIT, POOL, Fault, Place, Table, chains_of, until
+from verify import check, resumes
 
 pytestmark = pytest.mark.ipi
 STORE, FILES, RUN, WEIGHTS = (f"bnn_driver.store.{name}" for name in ("dataset", "files", "run", "weights"))
@@ -74,6 +76,18 @@ WORKER = [
     worker("written, not renamed", "os:replace", "before", match="done"),
     worker("written, not told", "bnn_driver.oracle:write_done", "after", call=2),
 ]
+COMPUTED = {"place": "bnn_driver.oracle:label", "when": "before"}
+PARSL = [
+    *(replace(fault, name=f"{fault.name} (Parsl)") for fault in WORKER),
+    Fault(
+        "kill Parsl's worker: label written, not told", "parsl worker", "bnn_driver.executors.task:label_task", "after",
+        ends=SURVIVES,
+    ),
+    Fault("kill Parsl's pool: a label being computed", "worker", **COMPUTED, victim=POOL, ends=SURVIVES),
+]  # fmt: skip
+LOST_INTERCHANGE = Fault(
+    "kill Parsl's interchange: a label being computed", "worker", **COMPUTED, victim=INTERCHANGE, ends=(3,), says="interchange has ended"
+)  # fmt: skip
 IPI = [
     ipi("checkpoint half written", "ipi.inputs.simulation:InputSimulation.write", "before", call=2),
     ipi("between two steps", "ipi.engine.outputs:PropertyOutput.write", "after", call=3),
@@ -88,11 +102,11 @@ class Trial:
     name: str
     faults: list[Fault]
     steps: int = 12
-    executor: str = "local"
+    digits: bool = True
 
     def attack(self, folder: Path) -> None:
         """Strike, each time from where the last blow left the run; then bring it to its end."""
-        place = Place(folder, self.steps, executor=self.executor)
+        place = Place(folder, self.steps, digits=self.digits)
         for fault in self.faults:
             if fault.ends == SURVIVES and place.starts:
                 place.lengthen(place.steps + 8)
@@ -100,18 +114,65 @@ class Trial:
         resumes(place)
 
 
-def trials_of(kind: str, faults: list[Fault], length: int, executor: str = "local") -> list[Trial]:
-    return [Trial(f"{kind} {n}", chain, executor=executor) for n, chain in enumerate(chains_of(faults, length))]
+@dataclass(frozen=True)
+class PartsOfParsl:
+    """Kills of all that Parsl consists of; a start is long, so those that a run survives strike the same one."""
+
+    name: str
+
+    def attack(self, folder: Path) -> None:
+        """All that is replaced in one start, then what ends the run."""
+        place = Place(folder, steps=24, executor="parsl")
+        place.strike(*PARSL)
+        place.lengthen(place.steps + 12)
+        place.strike(LOST_INTERCHANGE)
+        resumes(place)
 
 
-TRIALS = [
-    *trials_of("driver", DRIVER, 7),
+@dataclass(frozen=True)
+class OutlivedDriver:
+    """kill -9 of the driver while a worker of Parsl computes a label; the next start comes before the label."""
+
+    name: str
+
+    def attack(self, folder: Path) -> None:
+        """The label is waited for and used, though i-PI, by its default format of numbers, asks for the frame with other ones."""
+        place = Place(folder, executor="parsl", heartbeat=LIMIT / 10, digits=False)
+        place.edit("probability = 0.25", "probability = 0.0")  # an audit's label would not be asked for again
+        go = folder / "go"
+        fault = Fault(
+            "kill driver: a label being computed (Parsl)", "worker", **COMPUTED, call=3, victim="bnn_driver.cli", until=str(go)
+        )
+        Table.attempt(fault.name)
+        assert place.start(fault).wait(LIMIT) == -signal.SIGKILL
+        assert place.marker().exists()
+        place.hits.append(fault.name)
+        process = place.start()
+        until(lambda: process.poll() is not None or "waiting for the label" in place.output.read_text(), LIMIT)
+        go.touch()
+        code, said = place.end(process)
+        assert code == 0, said
+        assert "waiting for the label" in said, said
+        check(place)
+        begun = [line for line in place.computed.read_text().splitlines() if line.startswith("begin")]
+        assert len(begun) == len(set(begun)) == len(list((place.run / "labels").glob("*.extxyz"))), "a label was computed twice"
+
+
+def trials_of(kind: str, faults: list[Fault], length: int, digits: bool = True) -> list[Trial]:
+    return [Trial(f"{kind} {n}", chain, digits=digits) for n, chain in enumerate(chains_of(faults, length))]
+
+
+TRIALS: list[Any] = [
+    OutlivedDriver("driver outlived by its worker"),  # long, but most of it is waiting
+    PartsOfParsl("parts of Parsl"),
+    *trials_of("driver", DRIVER[:14], 7),
+    *trials_of("driver, default digits", DRIVER[14:], 7, digits=False),
     *trials_of("trainer", TRAINER, 5),
-    *(trial for executor in EXECUTORS for trial in trials_of(f"worker {executor}", WORKER, 4, executor)),
+    *trials_of("worker", WORKER, 4),
     *trials_of("i-PI", IPI, 3),
 ]
 
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
-def test_killed_at_a_named_point(trials: dict[str, Future[None]], trial: Trial) -> None:
+def test_killed_at_a_named_point(trials: dict[str, Future[None]], trial: Any) -> None:
     trials[trial.name].result()

@@ -21,7 +21,7 @@ import pytest
 from campaign import LIMIT, TIMES, Place, Table
 from verify import check
 
-from bnn_driver.errors import OracleCrashed, OracleError, OracleInconsistent, OracleTimeout
+from bnn_driver.errors import OracleCrashed, OracleInconsistent, OracleTimeout
 from bnn_driver.ipi import wire
 from bnn_driver.ipi.server import ForceServer, unique_endpoint
 from bnn_driver.ipi.transport import Channel, connect
@@ -125,7 +125,7 @@ class CutSocket:
     def _drive(self, place: Place, relay: Relay) -> None:
         address = relay.path.removeprefix("/tmp/ipi_")
         time.sleep(0.5)
-        code, said = place.end(place.start(None, "serve", "-u", "-a", address, str(place.config)))
+        code, said = place.end(place.start(arguments=("serve", "-u", "-a", address, str(place.config))))
         assert code == 0, said
         assert "Traceback" not in said, said
         assert relay.made >= 3, f"only {relay.made} cuts were made"
@@ -189,9 +189,8 @@ def test_garbage_never_becomes_a_label(tmp_path: Path, number: int) -> None:
     )
     begin = time.monotonic()
     with server, confused_client(server, garbage(rng)):
-        with pytest.raises((OracleInconsistent, OracleCrashed, OracleTimeout)) as refused:
+        with pytest.raises((OracleInconsistent, OracleCrashed, OracleTimeout)):
             server.compute(np.zeros((3, 3)) + np.arange(3)[:, None], 10 * np.eye(3))
-    assert isinstance(refused.value, OracleError)
     assert time.monotonic() - begin < 10
     assert not Path(server.endpoint.path).exists()
     Table.survive(row)

@@ -41,12 +41,12 @@ def test_served_frames_keep_the_promise(tmp_path: Path, teacher: Path, beads: in
     The bound is the promise itself and no interval: the seeds are fixed, and the share was 0 where this was written.
     """
     run = Rehearsal(
-        tmp_path / "run", molecule("H2O"), teacher, steps=600 // (beads * walkers), beads=beads, max_lag=max_lag,
+        tmp_path / "run", molecule("H2O"), teacher, steps=400 // (beads * walkers), beads=beads, max_lag=max_lag,
         walkers=walkers, updates=100, accuracy=0.3, audits=10,
     )  # fmt: skip
     run.run()
     verdict = judge(run)
-    assert verdict.frames > 400, "most frames are served by the model"
+    assert verdict.frames > 250, "most frames are served by the model"
     assert verdict.beyond <= 0.05 * verdict.frames, verdict
     assert verdict.worst > 0.05, "the teacher differs from what is served, or nothing is tested"
     assert verdict.oracle_error < 0.02, "an asked frame carries the oracle's own energy"

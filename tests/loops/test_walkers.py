@@ -49,8 +49,8 @@ def processes_of(config: Path, words: str) -> list[psutil.Process]:
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Three walkers, under way: every one has made some steps."""
-    config = write_run(tmp_path, steps=150, walkers=3, max_lag=2)
+    """Two walkers, under way: both have made some steps."""
+    config = write_run(tmp_path, steps=150, walkers=2, max_lag=2)
     process = subprocess.Popen(
         command("run", config),
         stdout=subprocess.PIPE,
@@ -59,7 +59,7 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     end = time.monotonic() + 240
-    while not all(any(e["step"] >= 5 for e in events(config, f"w{n}", "decision")) for n in range(3)):
+    while not all(any(e["step"] >= 5 for e in events(config, f"w{n}", "decision")) for n in range(2)):
         assert time.monotonic() < end, process.communicate()[0] if process.poll() is not None else "no steps"
         time.sleep(0.05)
     yield process
@@ -71,7 +71,7 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def check_all_finished(config: Path, steps: int) -> None:
-    for walker in ("w0", "w1", "w2"):
+    for walker in read_config(config).ipi.walkers:
         assert outputs(config, walker)[-1, 0] == steps
         assert np.isfinite(outputs(config, walker)).all()
     ids = [item.label.frame_id for item in labels(config)]
@@ -107,13 +107,13 @@ def test_walkers_share_labels_trainer_and_weights(tmp_path: Path, max_lag: int) 
 
 
 def test_the_same_command_goes_on_and_asks_nothing_again(tmp_path: Path) -> None:
-    config = write_run(tmp_path, steps=30, walkers=3)
+    config = write_run(tmp_path, steps=30, walkers=2)
     assert program("run", config).returncode == 0
     before = {item.label.frame_id for item in labels(config)}
     again = program("run", config)
     assert again.returncode == 0, again.stderr
     assert {item.label.frame_id for item in labels(config)} == before
-    for walker in ("w0", "w1", "w2"):
+    for walker in ("w0", "w1"):
         file = config.parent / f"{walker}.xml"
         file.write_text(file.read_text().replace("<total_steps>30<", "<total_steps>60<"))
     assert program("run", config).returncode == 0
@@ -150,7 +150,7 @@ def test_kill_9_of_a_walker_spares_the_others_and_the_same_command_brings_it_to_
     output, _ = started.communicate(timeout=300)
     assert started.returncode == 128 + signal.SIGKILL, output
     assert "w0 (exit code 137)" in output
-    assert outputs(config, "w1")[-1, 0] == outputs(config, "w2")[-1, 0] == 150
+    assert outputs(config, "w1")[-1, 0] == 150
     assert program("run", config).returncode == 0
     check_all_finished(config, 150)
 
@@ -161,7 +161,7 @@ def test_sigterm_stops_all_cleanly(started: subprocess.Popen[str], tmp_path: Pat
     started.send_signal(signal.SIGTERM)
     output, _ = started.communicate(timeout=120)
     assert started.returncode == 75, output
-    assert output.count("stopped on request; the same command goes on") == 3, output
+    assert output.count("stopped on request; the same command goes on") == 2, output
     assert not processes_of(tmp_path / "bnn.toml", "bnn_driver")
     assert program("run", tmp_path / "bnn.toml").returncode == 0
     check_all_finished(tmp_path / "bnn.toml", 150)

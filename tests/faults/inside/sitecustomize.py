@@ -1,16 +1,18 @@
 """Faults inside the program's own processes: every Python that starts with this folder on PYTHONPATH reads them from BNN_FAULT.
 
-The program itself has no hooks.  BNN_FAULT is the JSON of a `campaign.Fault`: in the process of that role, the n-th call of one
+The program itself has no hooks.  BNN_FAULT is JSON of a list of `campaign.Fault`: in the process of that role, the n-th call of one
 function is struck.  BNN_COMPUTED names a file in which every computation of a label leaves a line, so that two are seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.util
 import json
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -23,13 +25,14 @@ JUMP = 90_000.0
 
 
 def role() -> str:
-    """What this process is in a run; a worker of Parsl is a worker too."""
+    """What this process is in a run; a worker is what computes labels, wherever it runs."""
     words = sys.orig_argv
     signs = {
         "bnn_driver.cli": "driver",
         "bnn_driver.loops.trainer_main": "trainer",
         "bnn_driver.oracle_worker": "worker",
-        "process_worker_pool.py": "worker",
+        "process_worker_pool.py": "pool",
+        "--multiprocessing-fork": "parsl worker",
         "i-pi": "ipi",
     }
     return next((name for sign, name in signs.items() if any(w.rpartition("/")[2] == sign for w in words)), "other")
@@ -83,6 +86,10 @@ class Fault:
 
     def _act(self) -> None:
         match self.facts["action"]:
+            case "kill" if self.facts["victim"]:
+                _kill_others(self.facts["victim"])
+                while self.facts["until"] and not os.path.exists(self.facts["until"]):
+                    time.sleep(0.1)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "full":
@@ -92,6 +99,17 @@ class Fault:
                     time.sleep(1.0)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _kill_others(word: str) -> None:
+    """Kill -9 the processes of this run with the word in their command line."""
+    mark = f"BNN_COMPUTED={os.environ['BNN_COMPUTED']}".encode()
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and entry.name != str(os.getpid()):
+            with contextlib.suppress(OSError):
+                environment, words = (pathlib.Path(entry, name).read_bytes() for name in ("environ", "cmdline"))
+                if mark in environment.split(b"\0") and word.encode() in words:
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 class _HalfFile:
@@ -189,16 +207,18 @@ def _let_clock_jump() -> None:
 
 def _begin() -> None:
     callbacks: dict[str, list[Callable[[ModuleType], None]]] = {}
-    facts = json.loads(os.environ.get("BNN_FAULT", "null"))
-    if facts is not None and facts["action"] == "jump":
-        _let_clock_jump()
-    elif facts is not None and facts["role"] == role():
-        fault = Fault(facts)
-        if fault.module in sys.modules:
-            fault.patch(sys.modules[fault.module])
-        else:
-            callbacks[fault.module] = [fault.patch]
+    for facts in json.loads(os.environ.get("BNN_FAULT", "[]")):
+        if facts["action"] == "jump":
+            _let_clock_jump()
+        elif facts["role"] == role():
+            fault = Fault(facts)
+            if fault.module in sys.modules:
+                fault.patch(sys.modules[fault.module])
+            else:
+                callbacks.setdefault(fault.module, []).append(fault.patch)
     if "BNN_COMPUTED" in os.environ:
+        # Parsl's interchange would write its title over its environment, by which the processes of a run are found
+        sys.modules["setproctitle"] = None  # type: ignore[assignment]
         # first, so that a fault strikes before and after what is recorded as well
         callbacks.setdefault("bnn_driver.oracle", []).insert(0, _record)
     if callbacks:
