@@ -13,7 +13,7 @@ from bnn_driver.errors import EnvironmentProblem
 from bnn_driver.executors import LocalExecutor
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.quarantine import Quarantine
-from bnn_driver.oracle import fingerprint, load_oracle, read_done
+from bnn_driver.oracle import fingerprint, load_oracle
 from bnn_driver.records import Frames, Label
 from bnn_driver.store.dataset import LabelStore
 
@@ -40,7 +40,7 @@ def labelled(folder: Path, version: str, x: float, audit: bool = False) -> Label
             LabelStore(folder / "labels"), executor, folder / "pending", fingerprint(oracle), None,
             Quarantine(folder / "quarantine", ""), code=oracle.code,
         )  # fmt: skip
-        desk.recover(lambda frame_id: read_done(folder / "spool", frame_id))
+        desk.recover(folder / "spool")
         if audit:
             desk.audit(frame(x), CONTEXT | {"audit": True}, print)
             desk.collect(print, timeout=60.0)
