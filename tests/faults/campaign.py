@@ -29,6 +29,8 @@ LIMIT = float(os.environ.get("BNN_FAULTS_LIMIT", "300"))
 """s within which any start must have ended; more on a machine that is busy with other work."""
 ORPHANS = 5.0 * LIMIT / 300.0
 """s after which nothing of an ended or killed run may live, where it needs no heartbeat to notice."""
+LONGER = 3
+"""How many times a run that ended before a fault could strike goes on for some more steps."""
 EXECUTORS = {"local": "", "parsl": '[executor]\nkind = "parsl"\nheartbeat = "{heartbeat:g} s"\n'}
 """Where labels are computed -> what the config needs for it."""
 POOL, INTERCHANGE = "process_worker_pool", "high_throughput.interchange"
@@ -232,6 +234,11 @@ class Place:
         for fault in faults:
             Table.attempt(fault.name)
         code, said = self.end(self.start(*faults))
+        for _ in range(LONGER):  # after a restart i-PI's seed is the time, so it is chance whether some steps need a label
+            if code != 0 or all(self.marker(number).exists() for number in range(len(faults))):
+                break
+            self.lengthen(self.steps + 16)
+            code, said = self.end(self.start(*faults))
         for number, fault in enumerate(faults):
             assert self.marker(number).exists(), f"{fault} was never reached; the run ended with {code}:\n{self._story()}"
             assert code in fault.ends, f"{fault} ended the run with {code}, expected {fault.ends}:\n{self._story()}"
