@@ -7,7 +7,6 @@ output, which codes that print can no longer reach.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import queue
@@ -21,17 +20,15 @@ from typing import Any
 from bnn_driver.errors import EnvironmentProblem, OracleConfigError
 from bnn_driver.executors.children import Job
 from bnn_driver.executors.messages import error_to_facts, frame_from_facts, receive, send
+from bnn_driver.executors.tether import end_with
 from bnn_driver.oracle import Limits, Oracle, fingerprint, label, load_oracle, write_done, write_failed
 from bnn_driver.records import Frames
-
-PR_SET_PDEATHSIG = 1
-"""From linux/prctl.h."""
 
 
 def main() -> None:
     """Serve until the end of standard input or of the parent."""
     questions, answers = _take_channel()
-    _die_with(int(sys.argv[1]))
+    end_with(int(sys.argv[1]))  # even inside a library that never returns; where that is not Linux, `_listen` must do
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(questions, requests), daemon=True).start()
     job = Job.from_facts(requests.get()["job"])
@@ -89,14 +86,6 @@ def _take_channel() -> tuple[int, int]:
     os.close(nothing)
     os.dup2(2, 1)
     return questions, answers
-
-
-def _die_with(parent: int) -> None:
-    """End when the driver ends, even inside a library that never returns (Linux; elsewhere `_listen` must do)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _listen(questions: int, requests: queue.SimpleQueue[dict[str, Any]]) -> None:

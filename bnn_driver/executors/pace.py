@@ -80,11 +80,13 @@ class HourlyCap:
 
     def grant(self, wanted: int) -> int:
         """As `take`, but what is held back, and why, is said, once for each time that it begins; nothing is raised."""
+        granted, reason = 0, ""
         try:
             granted = self.take(wanted)
-            reason = f"{self.limit} were submitted within the hour (jobs_per_hour); the next one in {self.next_in():.0f} s"
+            if granted < wanted and not self._held:
+                reason = f"{self.limit} were submitted within the hour (jobs_per_hour); the next one in {self.next_in():.0f} s"
         except EnvironmentProblem as error:
-            granted, reason = 0, str(error)
+            reason = str(error)
         held = granted < wanted
         if held and not self._held:
             log.warning("%d more jobs are wanted, but %s", wanted - granted, reason)

@@ -6,11 +6,12 @@ The pool keeps the server of a multiprocessing manager, which would go on for ev
 from __future__ import annotations
 
 import multiprocessing.managers
+import os
 import runpy
 from collections.abc import Callable
 from typing import Any
 
-from bnn_driver.executors.tether import end_with_parent
+from bnn_driver.executors.tether import end_with
 
 POOL = "parsl.executors.high_throughput.process_worker_pool"
 
@@ -19,7 +20,9 @@ def _with_an_end(start: Callable[..., None]) -> Callable[..., None]:
     """`BaseManager.start` whose server ends with the process that started it."""
 
     def start_with_an_end(self: Any, initializer: Callable[..., object] | None = None, initargs: Any = ()) -> None:
-        start(self, initializer or end_with_parent, initargs)
+        if initializer is None:
+            initializer, initargs = end_with, (os.getpid(),)
+        start(self, initializer, initargs)
 
     return start_with_an_end
 

@@ -42,7 +42,6 @@ from bnn_driver.loops.execution import make_labelling
 from bnn_driver.loops.harvest import Harvest
 from bnn_driver.loops.known import Constants, Known, count, fixes, read_known
 from bnn_driver.loops.screening import Screen, screen
-from bnn_driver.loops.signals import stop_on_signals
 from bnn_driver.loops.walks import System, Walks, read_explored
 from bnn_driver.loops.walltime import WallClock, find_end
 from bnn_driver.oracle import Oracle, absolute_paths, check_capabilities, fingerprint, load_oracle
@@ -97,14 +96,14 @@ def explore(config_file: Path, until: str | None = None) -> Path:
     """Explore until a criterion of [explore] says enough; returns the run directory.
 
     Args: until: when to stop, as --until has it; None: in time for the end of the scheduler's job, where there is one.
-    Raises: ConfigError before any work for what cannot work; CleanStop on Ctrl-C or SIGTERM, WallLimit before the end; every other
-        error of `bnn_driver.errors`.
+    Raises: ConfigError before any work for what cannot work; WallLimit before the end; every other error of `bnn_driver.errors`;
+        KeyboardInterrupt, which `stop_on_signals` makes of SIGTERM too, after the books are closed.
     """
     parts = gather(config_file)
     config = parts.config
     clock = WallClock(find_end(until), config.run.margin)
     run = RunDirectory(parts.base / config.run.directory)
-    with stop_on_signals(), clock.armed(), run.lock("driver"), ExitStack() as stack:
+    with clock.armed(), run.lock("driver"), ExitStack() as stack:
         announced = {e["frame_id"] for e in read_events(run.events_dir) if e["kind"] == "label"}
         events = stack.enter_context(EventLog(run.events_dir))
         run.fix_settings(effective_settings(config, parts.base), _physics(parts), events)

@@ -30,7 +30,6 @@ from bnn_driver.loops.known import pooled_label
 from bnn_driver.loops.scratch import FromScratch
 from bnn_driver.loops.screening import Committee, choose, descriptors, judge
 from bnn_driver.loops.seeds import generator
-from bnn_driver.loops.signals import stop_on_signals
 from bnn_driver.pool_config import SelectConfig, read_select_config
 from bnn_driver.potential.mace import load_mace
 from bnn_driver.records import Array, LabelledFrame
@@ -47,7 +46,7 @@ SELECTION, BASELINE = "selection", "baseline"
 def select(config_file: Path) -> Path:
     """Select from the pool until a criterion of [pool] says enough, then learn the baselines; returns the run directory.
 
-    Raises: ConfigError before any work for a pool that cannot be used; CleanStop on Ctrl-C or SIGTERM; DivergedError.
+    Raises: ConfigError before any work for a pool that cannot be used; DivergedError.
     """
     config, base = read_select_config(config_file), config_file.absolute().parent
     settle(config.potential.threads)
@@ -55,7 +54,7 @@ def select(config_file: Path) -> Path:
     checksum = _model_checksum(config, base, pool)
     division = divide(pool, config)
     run = RunDirectory(base / config.run.directory)
-    with stop_on_signals(), run.lock("driver"), ExitStack() as stack:
+    with run.lock("driver"), ExitStack() as stack:
         known = {e["frame_id"] for e in read_events(run.events_dir) if e["kind"] == "label"}
         events = stack.enter_context(EventLog(run.events_dir))
         run.fix_settings(effective_settings(config, base), _physics(config, pool, checksum), events)

@@ -38,7 +38,6 @@ from bnn_driver.loops.execution import make_labelling, make_trainer_place
 from bnn_driver.loops.findings import input_findings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
-from bnn_driver.loops.signals import stop_on_signals
 from bnn_driver.loops.trainer import TrainerProcess
 from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
 from bnn_driver.oracle import absolute_paths, fingerprint, load_oracle
@@ -57,7 +56,8 @@ def run_session(config_file: Path, walker: str = "", until: str | None = None) -
 
     Args: walker: one of [ipi.walkers]; empty: the only simulation, [ipi] input.
         until: when to stop, as --until has it; None: in time for the end of the scheduler's job, where there is one.
-    Raises: CleanStop on Ctrl-C or SIGTERM, WallLimit before the end; every other error of `bnn_driver.errors`.
+    Raises: CleanStop when i-PI was told to stop, WallLimit before the end; every other error of `bnn_driver.errors`; KeyboardInterrupt,
+        which `stop_on_signals` makes of SIGTERM too, after the books are closed.
     """
     config, base = read_config(config_file), config_file.absolute().parent
     xml = config.ipi.input_of(walker)
@@ -65,7 +65,7 @@ def run_session(config_file: Path, walker: str = "", until: str | None = None) -
         raise ConfigError(f"{config_file}: ipi.input is missing: `run` starts i-PI on it; with `serve` you start i-PI yourself")
     clock = WallClock(find_end(until), config.run.margin)
     run = RunDirectory(base / config.run.directory, walker)
-    with stop_on_signals(), clock.armed(), run.lock("driver"), ExitStack() as stack:
+    with clock.armed(), run.lock("driver"), ExitStack() as stack:
         frames, ipi_input = read_system(config, base, walker)
         if ipi_input is None:
             raise ConfigError(f"{config_file}: ipi.input names no i-PI input")
@@ -111,7 +111,7 @@ def serve_session(
     clock = WallClock(find_end(until), config.run.margin)
     run = RunDirectory(base / config.run.directory, walker)
     endpoints = [Endpoint("unix", a, prefix=prefix) if unix else Endpoint("inet", a, port) for a in addresses]
-    with stop_on_signals(), clock.armed(), run.lock("driver"):
+    with clock.armed(), run.lock("driver"):
         frames, ipi_input = read_system(config, base, walker)
         if ipi_input is not None:
             _check_input(ipi_input, config)
@@ -143,7 +143,7 @@ class Session:
         self.clock.progressed = self._progressed
 
     def serve(self, client: Client, wait_for_ipi: Callable[[], None] = lambda: None) -> None:
-        """Answer i-PI until it ends.  Raises: CleanStop on Ctrl-C or SIGTERM."""
+        """Answer i-PI until it ends.  Raises: KeyboardInterrupt on Ctrl-C or SIGTERM, after the books are closed."""
         try:
             wait_for_ipi()
             client.serve()
