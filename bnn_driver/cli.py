@@ -85,23 +85,63 @@ def serve(
 
 
 @app.command()
+def select(config: ConfigFile) -> None:
+    """Choose the frames of a labelled pool that teach most; the same command resumes."""
+    with stop_on_signals():
+        from bnn_driver.loops.pool import select as select_frames
+        from bnn_driver.report.selection import render_selection, selection_figure, selection_summary
+
+        folder = select_frames(config)
+        selection_figure(folder, folder / "selection.png")
+        typer.echo(
+            f"{render_selection(selection_summary(folder))}\n\nlabels in {folder / 'labels'}, picture in {folder / 'selection.png'}"
+        )
+
+
+@app.command()
+def explore(config: ConfigFile, until: Until = None) -> None:
+    """Run dynamics of a new system, label and learn the frames that teach most, until nothing new comes; the same command resumes."""
+    with stop_on_signals():
+        from bnn_driver.loops.explore import explore as explore_system
+        from bnn_driver.report.exploration import exploration_figure, exploration_summary, render_exploration
+
+        folder = explore_system(config, until)
+        exploration_figure(folder, folder / "exploration.png")
+        typer.echo(
+            f"{render_exploration(exploration_summary(folder))}\n\nlabels in {folder / 'labels'}, picture in {folder / 'exploration.png'}"
+        )
+
+
+@app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="run directory, or the TOML file of the run")] = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """What a run has asked, learnt and measured so far; reads only its files."""
+    from bnn_driver.report.exploration import exploration_summary, is_exploration, render_exploration
     from bnn_driver.report.numbers import render_summary, summary
+    from bnn_driver.report.selection import is_selection, render_selection, selection_summary
 
-    facts = summary(_run_folder(run))
-    typer.echo(json.dumps(facts, indent=2) if as_json else render_summary(facts))
+    folder = _run_folder(run)
+    if is_exploration(folder):
+        facts, text = exploration_summary(folder), render_exploration
+    elif is_selection(folder):
+        facts, text = selection_summary(folder), render_selection
+    else:
+        facts, text = summary(folder), render_summary
+    typer.echo(json.dumps(facts, indent=2) if as_json else text(facts))
 
 
 @app.command()
 def report(run: RunFolder, output: Annotated[Path, typer.Option("-o", "--output", help="PNG file")] = Path("run.png")) -> None:
     """Draw the picture of a run."""
+    from bnn_driver.report.exploration import exploration_figure, is_exploration
     from bnn_driver.report.figures import run_figure
+    from bnn_driver.report.selection import is_selection, selection_figure
 
-    run_figure(_run_folder(run), output)
+    folder = _run_folder(run)
+    draw = exploration_figure if is_exploration(folder) else selection_figure if is_selection(folder) else run_figure
+    draw(folder, output)
     typer.echo(f"wrote {output}")
 
 
@@ -125,7 +165,20 @@ def check(
     ] = False,
     walker: Walker = "",
 ) -> None:
-    """Try config, i-PI input, socket, model, oracle and run directory without running; says what `run` would do and cost."""
+    """Try config, i-PI input or pool, socket, model, oracle and run directory without running; says what `run` would do and cost."""
+    from bnn_driver.config import read_toml
+
+    tables = read_toml(config)
+    if "explore" in tables:
+        from bnn_driver.loops.explore import check_exploration
+
+        typer.echo(check_exploration(config))
+        return
+    if "pool" in tables:
+        from bnn_driver.loops.pool import check_selection
+
+        typer.echo(check_selection(config))
+        return
     from bnn_driver.loops.checking import check_session
 
     check_session(config, lambda name, text: typer.echo(f"{name:<12}{text}" if name else text), label=label, walker=walker)
@@ -147,10 +200,10 @@ def doctor(folder: Annotated[Path, typer.Argument(help="where a run would live")
 
 def _run_folder(path: Path) -> Path:
     """The run directory behind a TOML file, a run directory, or a folder with a bnn.toml."""
-    from bnn_driver.config import read_config
+    from bnn_driver.explore_config import read_any_config
 
     file = path / "bnn.toml" if path.is_dir() and not (path / "events").is_dir() else path
-    folder = file.parent / read_config(file).run.directory if file.is_file() else path
+    folder = file.parent / read_any_config(file).run.directory if file.is_file() else path
     if not (folder / "events").is_dir():
         raise ConfigError(f"{path}: no run here (there is no folder {folder / 'events'}); start one with: bnn-driver run CONFIG")
     return folder

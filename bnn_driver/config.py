@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -277,23 +277,35 @@ class Config(Section):
 
 
 def read_config(path: Path) -> Config:
-    """Settings of a TOML file.  Raises: ConfigError naming file, key, what came and what was expected."""
+    """Settings of the TOML file of a simulation.  Raises: ConfigError naming file, key, what came and what was expected."""
+    return read_settings(path, Config)
+
+
+Settings = TypeVar("Settings", bound=Config)
+
+
+def read_settings(path: Path, kind: type[Settings]) -> Settings:
+    """Settings of a TOML file with the sections of `kind`.  Raises: ConfigError as `read_config`."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return kind.model_validate(read_toml(path))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, item, kind) for item in error.errors())) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file, whatever they hold.  Raises: ConfigError when there is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; examples/ethanol/bnn.toml is one to start from") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
 
 
-def _explain(path: Path, item: Any) -> str:
+def _explain(path: Path, item: Any, kind: type[Config]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        section = _section_at(item["loc"][:-1])
+        section = _section_at(item["loc"][:-1], kind)
         known = section.model_fields if section is not None else {}
         return f"{path}: unknown key {where}{_nearest(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
@@ -305,8 +317,8 @@ def _explain(path: Path, item: Any) -> str:
     return f"{path}: {where}: {message}{came}"
 
 
-def _section_at(location: tuple[Any, ...]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Config
+def _section_at(location: tuple[Any, ...], kind: type[Config]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = kind
     for name in location:
         if section is None or name not in section.model_fields:
             return None

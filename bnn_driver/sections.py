@@ -25,6 +25,7 @@ Length = Annotated[float, _quantity("length"), Field(ge=0)]
 Force = Annotated[float, _quantity("force"), Field(gt=0)]
 Stress = Annotated[float, _quantity("stress"), Field(gt=0)]
 Seconds = Annotated[float, _quantity("wall time"), Field(ge=0)]
+Femtoseconds = Annotated[float, _quantity("time"), Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

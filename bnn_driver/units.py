@@ -39,6 +39,7 @@ UNITS: dict[str, dict[str, float]] = {
     "force": _FORCE,
     "stress": _STRESS,
     "temperature": {"K": 1.0},
+    "time": {"fs": 1.0, "ps": 1e3},
     "wall time": _TIME,
 }
 

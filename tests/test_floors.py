@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
-    "records": 0, "units": 0, "errors": 0, "config": 0, "recipes": 0, "sections": 0, "executor_config": 0, "threads": 0,
+    "records": 0, "units": 0, "errors": 0, "config": 0, "pool_config": 0, "explore_config": 0,
+    "recipes": 0, "sections": 0, "executor_config": 0, "threads": 0,
     "potential": 1, "bayes": 1, "active": 1, "thermo": 1,
     "ipi": 2, "store": 2, "oracle": 2, "executors": 2, "oracle_worker": 2,
     "loops": 3,

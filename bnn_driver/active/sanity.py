@@ -24,7 +24,7 @@ def check_sanity(frames: Frames, min_distance: float, max_force: float | None = 
     for b in range(len(frames)):
         _check_distances(frames, b, pairs, min_distance)
     if max_force is not None and forces is not None:
-        _check_forces(forces, max_force)
+        check_forces(forces, max_force)
 
 
 @lru_cache(maxsize=1)
@@ -64,9 +64,41 @@ def _check_cell(cell: Array, b: int, min_distance: float) -> None:
         )
 
 
-def _check_forces(forces: Array, max_force: float) -> None:
-    """Compare the longest force to the limit.  Args: forces: (B, A, 3) eV/Å."""
+def check_forces(forces: Array, max_force: float) -> None:
+    """Compare the longest force to the limit.  Args: forces: (B, A, 3) eV/Å.   Raises: GuardStop."""
     size = np.linalg.norm(forces, axis=-1)
     b, i = np.unravel_index(int(np.argmax(np.where(np.isfinite(size), size, np.inf))), size.shape)
     if not size[b, i] <= max_force:
         raise GuardStop(f"the force on atom {i} of frame {b} is {size[b, i]:.3g} eV/Å, above the limit of {max_force} eV/Å")
+
+
+def check_disagreement(disagreement: Array, limit: float) -> None:
+    """Compare the members' disagreement on the forces to a limit.  Args: disagreement: (B, A) eV/Å.   Raises: GuardStop."""
+    b, i = np.unravel_index(int(np.argmax(np.where(np.isfinite(disagreement), disagreement, np.inf))), disagreement.shape)
+    if not disagreement[b, i] <= limit:
+        raise GuardStop(
+            f"the members disagree by {disagreement[b, i]:.3g} eV/Å on the force on atom {i} of frame {b}, above the limit of {limit} eV/Å"
+        )
+
+
+def check_whole(frames: Frames, gap: float) -> None:
+    """Stop at a molecule or cluster of which a part has left the others; crystals are not looked at.
+
+    Args: frames: B frames.   gap: Å, least distance from every atom of the part to every other one.   Raises: GuardStop.
+    """
+    if frames.periodic:
+        return
+    for b, positions in enumerate(frames.positions):
+        distance = np.linalg.norm(positions[:, None] - positions, axis=-1)
+        inside = np.arange(len(positions)) == 0
+        while True:
+            reached = (distance[inside] <= gap).any(axis=0)
+            if (reached == inside).all():
+                break
+            inside = reached
+        if not inside.all():
+            nearest = distance[inside][:, ~inside].min()
+            raise GuardStop(
+                f"{int((~inside).sum())} atoms of frame {b}, such as {int(np.argmin(inside))}, are {nearest:.2f} Å away from the others, more "
+                f"than the limit of {gap} Å: the system has fallen to pieces"
+            )

@@ -48,6 +48,8 @@ class IpiInput:
     n_beads: int
     """Beads of each system."""
     n_systems: int
+    labels: tuple[str, ...]
+    """(A,) what i-PI calls the atoms, which says their isotopes too."""
     numbers: Array
     """(A,) atomic numbers."""
     positions: Array
@@ -93,6 +95,7 @@ def read_input(path: Path) -> IpiInput:
             timeout=min((t for s in sockets if (t := float(s.timeout.fetch())) > 0), default=0.0),
             n_beads=n_beads,
             n_systems=len(systems),
+            labels=tuple(str(name) for name in systems[0].beads.names),
             numbers=numbers,
             positions=positions,
             cell=cell,

@@ -157,7 +157,7 @@ class IpiProcess:
     def _prepare(self) -> Path:
         """The file to run, in the folder, with the files it names."""
         restart = self._furthest_restart()
-        text = self._copy_named_files(self.xml.read_text(), overwrite=restart is None)
+        text = copy_named_files(self.xml.read_text(), self.xml.parent, self.folder, overwrite=restart is None)
         if restart is None:
             target = self.folder / "input.xml"
             if self.xml.suffix == ".json":
@@ -180,21 +180,6 @@ class IpiProcess:
         files = {file for pattern in patterns for file in self.folder.glob(pattern)}
         steps = {file: step for file in sorted(files) if (step := _restart_number(file, "step")) is not None}
         return max(steps, key=lambda file: (steps[file], file.name == "RESTART"), default=None)
-
-    def _copy_named_files(self, text: str, overwrite: bool) -> str:
-        """Copy every relative file that the input names beside it; names that leave its folder become absolute."""
-        if self.xml.parent == self.folder:
-            return text
-        for name in sorted(set(re.findall(r"[^\s<>='\",:;{}()\[\]]+", text)), key=len, reverse=True):
-            source = self.xml.parent / name
-            if Path(name).is_absolute() or not source.is_file():
-                continue
-            if ".." in Path(name).parts:
-                text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", str(source.resolve()), text)
-            elif overwrite or not (self.folder / name).exists():
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, self.folder / name)  # not its mode: the umask rules
-        return text
 
     @property
     def is_running(self) -> bool:
@@ -289,6 +274,25 @@ class IpiProcess:
         text = self._log_since_start()
         cut_short = ("EXIT file detected", "Wall clock time expired", "Maximum wallclock", "Kill signal", "Client shutdown")
         return not self.is_running and "I-PI reports success" in text and not any(words in text for words in cut_short)
+
+
+def copy_named_files(text: str, source: Path, folder: Path, overwrite: bool) -> str:
+    """Copy every relative file that an input names into another folder; names that leave its own folder become absolute.
+
+    Args: text: of the input.   source: folder that its names are seen from.   Returns: the text for the other folder.
+    """
+    if source == folder:
+        return text
+    for name in sorted(set(re.findall(r"[^\s<>='\",:;{}()\[\]]+", text)), key=len, reverse=True):
+        file = source / name
+        if Path(name).is_absolute() or not file.is_file():
+            continue
+        if ".." in Path(name).parts:
+            text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-])", str(file.resolve()), text)
+        elif overwrite or not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / name)  # not its mode: the umask rules
+    return text
 
 
 def ipi_script() -> Path:

@@ -1,4 +1,4 @@
-"""What goes back to i-PI: the ensemble's mean or the oracle's label, and extras in i-PI's units."""
+"""What goes back to i-PI, and what stays with a label: what was believed before it came."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ import numpy as np
 from bnn_driver import units
 from bnn_driver.ipi.client import Reply
 from bnn_driver.records import Decision, Frames, LabelledFrame, Prediction
+
+
+def belief(prediction: Prediction, foundation: Prediction, b: int) -> dict[str, Any]:
+    """Facts of a label's context: what was predicted of frame b.  Args: foundation: of frame b alone."""
+    return {
+        "predicted_energy": float(np.nan_to_num(prediction.mean_energy[b])),
+        "energy_predictive_sd": float(np.nan_to_num(prediction.energy_predictive_sd[b])),
+        "foundation_energy": float(foundation.mean_energy[0]),
+        "predicted_forces": np.nan_to_num(prediction.mean_forces[b]),
+        "force_predictive_sd": np.nan_to_num(prediction.force_predictive_sd[b]),
+        "foundation_forces": foundation.mean_forces[0],
+    }
 
 
 def make_reply(

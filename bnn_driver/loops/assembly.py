@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from bnn_driver.bayes.sghmc import SghmcSettings
 from bnn_driver.bayes.update import UpdateSettings
 from bnn_driver.config import Config, EnsembleSettings
 from bnn_driver.errors import ConfigError
+from bnn_driver.ipi.client import Client, Reply, Request
 from bnn_driver.ipi.simulation import IpiInput, read_input
+from bnn_driver.ipi.transport import Endpoint
 from bnn_driver.loops.chain_update import Learner
 from bnn_driver.loops.distance import Distances
 from bnn_driver.loops.seeds import derive
@@ -34,6 +37,10 @@ from bnn_driver.records import Array, Frames, Generation
 
 TOY = "toy"
 """[potential] model of the analytic pair potential for rehearsals."""
+GATHER_SECONDS = 2e-3
+"""How long a request of one connection waits for those of the others."""
+STOP_SECONDS = 30.0
+"""How long i-PI may take to write its RESTART."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +123,12 @@ def load_model(config: Config, base: Path, numbers: Array, device: str) -> Model
     return Model(potential, make_noise(config.ensemble, config.accuracy.energy, potential.n_features), checksum)
 
 
+def foundation_elements(config: Config, base: Path) -> tuple[int, ...]:
+    """Atomic numbers that the foundation MACE knows.  Raises: ModelError."""
+    file = base / config.potential.model
+    return load_mace(file if file.is_file() else config.potential.model, config.potential.head).elements
+
+
 def make_noise(e: EnsembleSettings, accuracy: float, n_features: int) -> NoiseModel:
     """Noise of the labels.  Args: accuracy: eV, of the total energy.   n_features: of the potential."""
     head = NoiseHead(n_features, e.noise_head, e.predicted_noise)
@@ -195,3 +208,24 @@ def settle(threads: int) -> None:
     """Threads and memory of this process: more threads than asked for slow a busy machine down by an order of magnitude."""
     torch.set_num_threads(threads)
     keep_freed_memory()
+
+
+def make_client(
+    config: Config, endpoints: Sequence[Endpoint], shared_memory: bool, respond: Callable[[Request], Reply]
+) -> Client:
+    """What answers i-PI at these addresses."""
+    return Client(
+        endpoints,
+        respond,
+        shared_memory=shared_memory,
+        connect_timeout=config.ipi.connect_timeout,
+        reconnects=config.ipi.reconnects,
+        gather_seconds=GATHER_SECONDS,
+        silence_timeout=config.ipi.silence_timeout,
+    )
+
+
+def effective_settings(config: Config, base: Path) -> dict[str, object]:
+    """Settings in use, with the versions and thread counts that belong to them."""
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "torch_threads": torch.get_num_threads()}
+    return config.model_dump(mode="json") | {"base": str(base), "versions": versions}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,19 @@ from bnn_driver.records import Frames, Generation, LabelledFrame
 
 #: predictions, labels and noise, in the order of the arguments of `log_likelihood`
 Compared = tuple[Tensor, Tensor, Tensor | None, Targets, Tensor, Tensor, float]
+
+
+class Loss(Protocol):
+    """What `update` needs of a loss beside what it is called for, see `bayes.posterior.Forward`."""
+
+    @property
+    def components(self) -> int:
+        """Numbers in one label."""
+        ...
+
+    def __call__(self, theta: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """(M,) weighted sum of -log p over each chain's minibatch.  Args: theta (M, D); index, weight (M, b)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -85,11 +98,13 @@ def update(
     labels: Sequence[LabelledFrame],
     attempt: int,
     progress: Callable[[int, Tensor], None] | None = None,
+    loss_of: Callable[[Learner, Sequence[LabelledFrame]], Loss] | None = None,
 ) -> tuple[Generation, UpdateReport]:
     """Move every chain over all labels, starting from its own previous sample.
 
     Args: labels: in the order they came; those that `previous` has not learnt count as the newest.
         attempt: 0, or the number of the repetition after a diverged update; it changes the seeds only.
+        loss_of: makes the loss of the labels; None: `TrainingLoss.build`, for labels of the same atoms.
     """
     number = previous.number + 1
     members, dispersion = len(previous.weights[learner.layout.blocks[0].name]), learner.dispersion_of(previous, labels)
@@ -98,7 +113,7 @@ def update(
     seeds = [derive(learner.seed, "chain", m, "generation", number, "attempt", attempt) for m in range(len(theta))]
     learnt = set(previous.label_ids)
     newest = [i for i, item in enumerate(labels) if item.label.frame_id not in learnt]
-    loss = TrainingLoss.build(learner, labels)
+    loss = (loss_of or TrainingLoss.build)(learner, labels)
     theta, report = update_chains(
         theta, prior, loss, len(labels), newest, loss.components, learner.settings, seeds, progress, label_weights
     )
@@ -147,11 +162,14 @@ class TrainingLoss:
     """(N,) Å^3 of periodic frames whose labels have a stress."""
 
     @classmethod
-    def build(cls, learner: Learner, labels: Sequence[LabelledFrame]) -> TrainingLoss:
-        """Graphs and targets of all labels, built once."""
+    def build(cls, learner: Learner, labels: Sequence[LabelledFrame], first: LabelledFrame | None = None) -> TrainingLoss:
+        """Graphs and targets of all labels, built once.
+
+        Args: labels: of the same atoms.   first: the label that fixes the constant of the energies; None: the first of these.
+        """
         potential = learner.potential
         frames = stack_frames([item.frame for item in labels])
-        offset = energy_offset(labels[0])
+        common = first or labels[0]
 
         def tensor(values: object, dtype: torch.dtype = potential.dtype) -> Tensor:
             return torch.as_tensor(np.asarray(values), dtype=dtype, device=potential.device)
@@ -163,7 +181,7 @@ class TrainingLoss:
             stress = tensor([np.zeros((3, 3)) if s is None else s for s in stresses])
             volume = tensor(np.abs(np.linalg.det(frames.cell)))
         targets = Targets(
-            tensor([item.label.energy + offset for item in labels], torch.float64),
+            tensor([item.label.energy + own_offset(item, common) for item in labels], torch.float64),
             tensor([item.label.forces for item in labels]),
             stress,
             None if stress is None else tensor(has_stress, torch.bool),
@@ -234,6 +252,11 @@ def _padded(index: Tensor, weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def energy_offset(first: LabelledFrame) -> float:
     """eV, E_foundation - E_oracle of the first label: energies are defined up to a constant."""
     return float(first.context["foundation_energy"] - first.label.energy)
+
+
+def own_offset(item: LabelledFrame, first: LabelledFrame) -> float:
+    """eV, added to a label's energy: what it says itself (labels of several compositions do), or `energy_offset`."""
+    return float(item.context["energy_offset"]) if "energy_offset" in item.context else energy_offset(first)
 
 
 def stack_frames(frames: Sequence[Frames]) -> Frames:

@@ -55,9 +55,9 @@ class Distances:
         chosen = np.sort(rng.permutation(components)[:COMPONENTS])
         energy, forces, slopes = derivatives(self.potential, item.frame, chosen.tolist())
         residual = torch.as_tensor(item.label.forces.ravel()[chosen]) - forces
-        noise = self.noise
+        noise, given = self.noise, item.label.energy + float(item.context.get("energy_offset", 0.0))
         return sums.with_label(
-            slopes[0], item.label.energy - energy, noise.energy_sd, slopes[1:], residual, noise.force_base_sd, components / len(chosen)
+            slopes[0], given - energy, noise.energy_sd, slopes[1:], residual, noise.force_base_sd, components / len(chosen)
         )  # fmt: skip
 
 

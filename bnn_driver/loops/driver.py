@@ -16,7 +16,7 @@ from bnn_driver.active.policy import Policy
 from bnn_driver.active.sanity import check_sanity
 from bnn_driver.bayes.calibration import Coverage
 from bnn_driver.ipi.client import Reply, Request
-from bnn_driver.loops.answering import make_reply
+from bnn_driver.loops.answering import belief, make_reply
 from bnn_driver.loops.chain_update import energy_offset
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.labelling import Labelling
@@ -347,12 +347,8 @@ class Driver:
             "accuracy": self.settings.accuracy,
             "confidence": self.policy.confidence,
             "probability": decision.probability,
-            "predicted_energy": float(np.nan_to_num(prediction.mean_energy[b])),
+            **belief(prediction, foundation, b),
             "energy_predictive_sd": decision.energy_predictive_sd,
-            "foundation_energy": float(foundation.mean_energy[0]),
-            "predicted_forces": np.nan_to_num(prediction.mean_forces[b]),
-            "force_predictive_sd": np.nan_to_num(prediction.force_predictive_sd[b]),
-            "foundation_forces": foundation.mean_forces[0],
         }
 
     def _record(self, decision: Decision, b: int, generation: int) -> None:

@@ -1,9 +1,10 @@
-"""The executor of labels that a config asks for, and the place of the trainer."""
+"""The executor of labels that a config asks for, the desk before it, and the place of the trainer."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from bnn_driver.executors.local import LocalExecutor
 from bnn_driver.executors.pace import HourlyCap
 from bnn_driver.executors.pool import Pool
 from bnn_driver.executors.remote import RemoteExecutor
+from bnn_driver.loops.labelling import Labelling
+from bnn_driver.loops.quarantine import Quarantine, settings_digest
 from bnn_driver.loops.remote_trainer import Deployed, OnParsl
 from bnn_driver.loops.trainer import Here, Place
 from bnn_driver.loops.trainer_task import run_trainer
-from bnn_driver.oracle import Limits, fingerprint, load_oracle
+from bnn_driver.oracle import Limits, Oracle, fingerprint, load_oracle
+from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.files import shared_list
 from bnn_driver.store.run import RunDirectory
 
@@ -130,3 +134,22 @@ def _existing(path: Path, table: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"{table} config: there is no file {path}")
     return path
+
+
+def make_labelling(
+    config: Config, options: dict[str, Any], base: Path, run: RunDirectory, oracle: Oracle, stack: ExitStack
+) -> Labelling:
+    """The desk between a run and its oracle, with what a killed start had begun finished or asked again.
+
+    Args: options: of [oracle.KIND], paths absolute.   base: folder of the config file.   stack: ends the executor.
+    """
+    executor = make_executor(config, options, base, run.oracle_dir, run.spool_dir)
+    stack.callback(executor.shutdown, wait=False)
+    name = fingerprint(oracle)
+    o, limits = config.oracle, limits_of(config)
+    tried = settings_digest(o.kind, options, o.timeout, o.threads, asdict(limits))
+    quarantine = Quarantine(run.oracle_dir / "quarantine", tried)
+    pending = run.oracle_dir / "pending"
+    labelling = Labelling(LabelStore(run.labels_dir), executor, pending, name, o.max_labels, quarantine, run.walker, oracle.code)
+    labelling.recover(run.spool_dir)
+    return labelling

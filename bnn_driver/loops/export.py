@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bnn_driver.config import read_config
 from bnn_driver.errors import ConfigError, EnvironmentProblem
+from bnn_driver.explore_config import read_any_config
 from bnn_driver.loops.assembly import load_model
+from bnn_driver.pool_config import SelectConfig
 from bnn_driver.potential.export import export_mace
 from bnn_driver.potential.factory import MacePotential
 from bnn_driver.store import weights
@@ -51,12 +52,15 @@ def export_run(run_path: Path, target: str, folder: Path) -> str:
         raise ConfigError(f"--to {target}: expected one of {', '.join(TARGETS)}")
     run = RunDirectory.existing(run_path)
     facts = read_json(run.settings_file)
-    config = read_config(run.path / "bnn.toml")
+    config = read_any_config(run.path / "bnn.toml")
+    if isinstance(config, SelectConfig) and config.committee.kind == "scratch":
+        raise ConfigError(f"the members of this selection are model files already: {run.generations_dir}/*/member_*.model")
     base = Path(facts["effective"]["base"])
-    model = load_model(config, base, np.array(facts["physics"]["numbers"]), "cpu")
+    known = facts["physics"]
+    model = load_model(config, base, np.array(known.get("elements", known["numbers"])), "cpu")
     if not isinstance(model.potential, MacePotential):
         raise ConfigError("this run has the toy potential, which has no model file to export")
-    if model.checksum != facts["physics"]["model"]:
+    if model.checksum != known["model"]:
         raise EnvironmentProblem(
             f"{config.potential.model} is not the file that the run was begun with (its SHA-256 differs); restore it"
         )

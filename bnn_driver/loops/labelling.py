@@ -94,6 +94,29 @@ class Labelling:
             judged again.   Raises: GuardStop when the budget of labels is spent.  OracleError when one frame could not be labelled;
             the others are kept.
         """
+        results = self._answers(frames, contexts, changed)
+        failures = [result for result in results if isinstance(result, OracleError)]
+        if failures:
+            raise type(failures[0])("\n".join(str(error) for error in failures)) from failures[0]
+        return [result for result in results if not isinstance(result, OracleError)]
+
+    def attempt(self, frames: Sequence[Frames], contexts: Sequence[dict[str, Any]]) -> list[LabelledFrame | OracleError]:
+        """As `ask`, with the error in place of the label of a frame that could not be labelled.
+
+        Raises: GuardStop when the budget of labels is spent.  OracleConfigError for settings that suit no frame.  OracleError when
+            labels fail again and again.
+        """
+        results = [result for result in self._answers(frames, contexts, None) if result is not None]
+        for result in results:
+            if isinstance(result, OracleConfigError):
+                raise result
+        self._breaker.check()
+        return results
+
+    def _answers(
+        self, frames: Sequence[Frames], contexts: Sequence[dict[str, Any]], changed: Callable[[], bool] | None
+    ) -> list[LabelledFrame | OracleError | None]:
+        """Label, failure, or None for a frame that was taken back.  Raises: GuardStop when the budget of labels is spent."""
         if self.max_labels is not None and len(self.store) + len(self._audits) + len(frames) > self.max_labels:
             raise GuardStop(
                 f"{len(frames)} more labels are needed, but {len(self.store) + len(self._audits)} of at most {self.max_labels} are spent; "
@@ -102,8 +125,7 @@ class Labelling:
         frames = [self._as_begun(frame) for frame in frames]
         futures = [self._submit(frame, context, ASKED) for frame, context in zip(frames, contexts, strict=True)]
         taken_back = self._wait(futures, changed)
-        results: list[LabelledFrame | None] = []
-        failures: list[OracleError] = []
+        results: list[LabelledFrame | OracleError | None] = []
         for future, frame, context in zip(futures, frames, contexts, strict=True):
             if future in taken_back:
                 name = frame.content_id(self.fingerprint)
@@ -115,9 +137,7 @@ class Labelling:
                 results.append(self._adopt(frame, future.result(), context))
             except OracleError as error:
                 self._give_up(frame, context, error)
-                failures.append(error)
-        if failures:
-            raise type(failures[0])("\n".join(str(error) for error in failures)) from failures[0]
+                results.append(error)
         return results
 
     def _wait(self, futures: Sequence[Future[Label]], changed: Callable[[], bool] | None) -> set[Future[Label]]:

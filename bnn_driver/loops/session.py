@@ -6,13 +6,9 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from bnn_driver.active.policy import Policy
 from bnn_driver.bayes.calibration import GammaCalibration
@@ -24,9 +20,12 @@ from bnn_driver.ipi.foreign import ask_to_stop
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess
 from bnn_driver.ipi.transport import Endpoint
 from bnn_driver.loops.assembly import (
+    STOP_SECONDS,
     Model,
+    effective_settings,
     foundation_generation,
     load_model,
+    make_client,
     make_ensemble,
     make_policy,
     physics,
@@ -35,25 +34,19 @@ from bnn_driver.loops.assembly import (
 )
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.driver import Driver, DriverSettings
-from bnn_driver.loops.execution import limits_of, make_executor, make_trainer_place
+from bnn_driver.loops.execution import make_labelling, make_trainer_place
 from bnn_driver.loops.findings import input_findings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
-from bnn_driver.loops.quarantine import Quarantine, settings_digest
 from bnn_driver.loops.trainer import TrainerProcess
 from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
-from bnn_driver.oracle import Oracle, absolute_paths, fingerprint, load_oracle
+from bnn_driver.oracle import absolute_paths, fingerprint, load_oracle
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
-from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import EventLog, RunDirectory, read_events, write_atomic
 
 log = logging.getLogger(__name__)
 
-GATHER_SECONDS = 2e-3
-"""How long a request of one connection waits for those of the others."""
-STOP_SECONDS = 30.0
-"""How long i-PI may take to write its RESTART."""
 DEFAULT_AUDIT_PROBABILITY = 1e-3
 """When the number of steps is unknown and none is configured."""
 
@@ -86,7 +79,7 @@ def run_session(config_file: Path, walker: str = "", until: str | None = None) -
         stack.callback(simulation.stop, STOP_SECONDS, STOP_SECONDS)
         effective = simulation.start()
         session.begin_at(effective.step)
-        client = _client(config, effective.endpoints, effective.shared_memory, session.driver)
+        client = make_client(config, effective.endpoints, effective.shared_memory, session.driver.respond)
         session.serve(client, partial(simulation.wait_until_listening, effective, config.ipi.connect_timeout))
         simulation.wait(STOP_SECONDS)
         if not simulation.finished():
@@ -124,7 +117,7 @@ def serve_session(
             _check_input(ipi_input, config)
         with _open(config, config_file, run, frames, ipi_input, ipi_input.step if ipi_input else 0, clock) as session:
             try:
-                session.serve(_client(config, endpoints, shared_memory, session.driver))
+                session.serve(make_client(config, endpoints, shared_memory, session.driver.respond))
             except TimeIsUp:
                 ask_to_stop(endpoints, STOP_SECONDS)
                 raise
@@ -229,7 +222,7 @@ def _open(
         announced = {e["frame_id"] for e in read_events(run.events_dir) if e["kind"] == "label"}
         events = stack.enter_context(EventLog(run.events_dir))
         facts = physics(config, frames, model, oracle.physics(), fingerprint(oracle))
-        run.fix_settings(_effective(config, config_file.absolute().parent), facts, events)
+        run.fix_settings(effective_settings(config, config_file.absolute().parent), facts, events)
         write_atomic(run.path / "bnn.toml", config_file.read_bytes())
         events.append("start", step=done, config=str(config_file))
         foundation = foundation_generation(model, config.ensemble.members)
@@ -238,28 +231,13 @@ def _open(
         trainer = TrainerProcess(run, make_trainer_place(config, base, run), config.trainer.stall_timeout)
         stack.callback(trainer.stop)
         trainer.begin()
-        labelling = _labelling(config, options, base, run, oracle, stack)
+        labelling = make_labelling(config, options, base, run, oracle, stack)
         progress = Progress(ipi_input.total_steps if ipi_input else None, done)
         driver = _driver(config, frames, ipi_input, done, model, promise, trainer, labelling, events, progress, run.walker)
         driver.announce_missing(announced)
         driver.ensemble.predict(frames)
         driver.foundation.predict(frames)
         yield Session(driver, events, progress, config.oracle.timeout, labelling.executor.workers, clock)
-
-
-def _labelling(
-    config: Config, options: dict[str, Any], base: Path, run: RunDirectory, oracle: Oracle, stack: ExitStack
-) -> Labelling:
-    executor = make_executor(config, options, base, run.oracle_dir, run.spool_dir)
-    stack.callback(executor.shutdown, wait=False)
-    name = fingerprint(oracle)
-    o, limits = config.oracle, limits_of(config)
-    tried = settings_digest(o.kind, options, o.timeout, o.threads, asdict(limits))
-    quarantine = Quarantine(run.oracle_dir / "quarantine", tried)
-    pending = run.oracle_dir / "pending"
-    labelling = Labelling(LabelStore(run.labels_dir), executor, pending, name, o.max_labels, quarantine, run.walker, oracle.code)
-    labelling.recover(run.spool_dir)
-    return labelling
 
 
 def _driver(
@@ -302,25 +280,7 @@ def _audit_probability(config: Config, ipi_input: IpiInput | None) -> float:
     return min(1.0, config.audit.expected / (walkers * ipi_input.total_steps * _frames_per_step(ipi_input)))
 
 
-def _client(config: Config, endpoints: tuple[Endpoint, ...] | list[Endpoint], shared_memory: bool, driver: Driver) -> Client:
-    return Client(
-        endpoints,
-        driver.respond,
-        shared_memory=shared_memory,
-        connect_timeout=config.ipi.connect_timeout,
-        reconnects=config.ipi.reconnects,
-        gather_seconds=GATHER_SECONDS,
-        silence_timeout=config.ipi.silence_timeout,
-    )
-
-
 def _check_input(found: IpiInput, config: Config) -> None:
     """Raises: ConfigError for settings of the i-PI input that would spoil the run."""
     for text in input_findings(found, config):
         log.warning("%s", text)
-
-
-def _effective(config: Config, base: Path) -> dict[str, object]:
-    """Settings in use, with the versions and thread counts that belong to them."""
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "torch_threads": torch.get_num_threads()}
-    return config.model_dump(mode="json") | {"base": str(base), "versions": versions}

@@ -34,17 +34,27 @@ BINS = 1200
 def run_figure(run_path: Path, out_png: Path) -> None:
     """Draw a run, living or dead, into a PNG file.  Raises: EnvironmentProblem when there is no run or a file is damaged."""
     history = read_history(Path(run_path))
-    figure = Figure(figsize=(11, 7.6), dpi=130, layout="constrained")
-    panels = figure.subplots(2, 2)
-    _uncertainty(panels[0, 0], history)
-    _errors(panels[0, 1], history)
-    _cost(panels[1, 0], history)
-    _reliability(panels[1, 1], history)
-    for panel in panels.ravel():
+    figure, panels = blank(2, 2, (11, 7.6))
+    _uncertainty(panels[0], history)
+    _errors(panels[1], history)
+    _cost(panels[2], history)
+    _reliability(panels[3], history)
+    save(figure, panels, out_png)
+
+
+def blank(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure and its empty panels, row by row."""
+    figure = Figure(figsize=inches, dpi=130, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+
+
+def save(figure: Figure, panels: list[Axes], out_png: Path, columns: int = 7) -> None:
+    """Finish all panels, give them one legend of so many columns, and write the file."""
+    for panel in panels:
         panel.grid(True, which="major", color="0.92", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    _one_legend(figure, panels.ravel().tolist())
+    _one_legend(figure, panels, columns)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomic(Path(out_png), buffer.getvalue())
@@ -148,11 +158,22 @@ def _log_axis(panel: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def style(panel: Axes, x: str, y: str, title: str, log: str = "") -> None:
+    """Names of axes and panel.  Args: log: the logarithmic axes, such as "y" or "xy"."""
+    for which in log:
+        _log_axis(panel, which)
+    if "x" not in log:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
+    _title(panel, title)
+
+
 def _title(panel: Axes, text: str) -> None:
     panel.set_title(text, loc="left", fontsize=11)
 
 
-def _one_legend(figure: Figure, panels: list[Axes]) -> None:
+def _one_legend(figure: Figure, panels: list[Axes], columns: int) -> None:
     """Every symbol once, above all panels; a panel without any point says so."""
     handles: dict[str, Any] = {}
     for panel in panels:
@@ -160,7 +181,7 @@ def _one_legend(figure: Figure, panels: list[Axes]) -> None:
             handles.setdefault(name, handle)
         if not any(len(np.asarray(line.get_xdata())) for line in panel.lines if line.get_label() != "accuracy"):
             panel.text(0.5, 0.4, "nothing yet", transform=panel.transAxes, ha="center", color=GREY)
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=7, fontsize=9, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
 
 
 def _own_sd(label: JudgedLabel, history: History) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnn_driver.active.sanity import check_sanity
+from bnn_driver.active.sanity import check_disagreement, check_sanity, check_whole
 from bnn_driver.errors import GuardStop
 from bnn_driver.records import Frames
 
@@ -66,3 +66,26 @@ def test_positions_cells_and_forces_outside_the_window_stop_the_run() -> None:
     forces[0, 1, 0] = np.nan
     with pytest.raises(GuardStop, match="atom 1 of frame 0 is nan"):
         check_sanity(frames, 0.5, 60.0, forces)
+
+
+def test_a_part_that_has_left_the_others_is_named() -> None:
+    """However many atoms lie between, and from whichever side."""
+    chain = np.array([[0.0, 0.0, 2.0 * i] for i in range(6)])
+    numbers = np.ones(6, dtype=int)
+    check_whole(Frames(numbers, chain[None]), 2.5)
+    check_whole(Frames(numbers, chain[None][:, ::-1]), 2.5)
+    apart = np.stack([chain, chain])
+    apart[1, 4:, 2] += 1.0
+    with pytest.raises(
+        GuardStop, match=r"2 atoms of frame 1, such as 4, are 3\.00 Å away from the others, more than the limit of 2\.5 Å"
+    ):
+        check_whole(Frames(numbers, apart), 2.5)
+    check_whole(Frames(numbers, apart, np.eye(3)[None].repeat(2, axis=0) * 30), 2.5)
+
+
+def test_members_that_disagree_too_much_are_named() -> None:
+    check_disagreement(np.array([[0.1, 0.4]]), 0.5)
+    with pytest.raises(GuardStop, match=r"disagree by 0\.7 eV/Å on the force on atom 1 of frame 0"):
+        check_disagreement(np.array([[0.1, 0.7]]), 0.5)
+    with pytest.raises(GuardStop, match="nan"):
+        check_disagreement(np.array([[0.1, np.nan]]), 0.5)

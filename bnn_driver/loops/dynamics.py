@@ -1,0 +1,173 @@
+"""One walker in one round of an exploration: i-PI moves it with the mean of the members, frames are kept on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnn_driver.active import committee as qbc
+from bnn_driver.active.criteria import Calibration
+from bnn_driver.active.policy import Policy
+from bnn_driver.active.sanity import check_disagreement, check_forces, check_sanity, check_whole
+from bnn_driver.errors import CleanStop, GuardStop, IpiGone
+from bnn_driver.explore_config import ExploreConfig
+from bnn_driver.ipi.client import Reply, Request
+from bnn_driver.ipi.simulation import IpiInput, IpiProcess, read_input
+from bnn_driver.loops.answering import make_reply
+from bnn_driver.loops.assembly import STOP_SECONDS, make_client
+from bnn_driver.loops.counting import StepCounter
+from bnn_driver.loops.progress import Progress
+from bnn_driver.records import Array, Decision, Frames, Prediction
+from bnn_driver.store.files import plain, write_atomic
+from bnn_driver.store.trajectory import TrajectoryFile
+
+log = logging.getLogger(__name__)
+
+INPUT = "input.xml"
+TWICE = 2.0
+"""A stopped walker goes back to where the disagreement was at most so many times its median on the way."""
+
+
+@dataclass
+class Watch:
+    """Answers i-PI; keeps frames every few steps; refuses to go on outside the sanity window."""
+
+    config: ExploreConfig
+    like: Frames
+    """Has the atoms, charge and multiplicity."""
+    predict: Callable[[Frames], Prediction]
+    policy: Policy
+    calibrations: Mapping[str, Calibration]
+    counter: StepCounter
+    kept: TrajectoryFile
+    on_step: Callable[[int, str], None]
+
+    def respond(self, request: Request) -> Reply:
+        """Energy, forces, virial and extras of every frame of the request.  Raises: GuardStop outside the sanity window."""
+        like, sanity, limit = self.like, self.config.sanity, self.config.explore.max_disagreement
+        cell = request.cell if like.periodic else None
+        frames = Frames(like.numbers, request.positions, cell, like.charge, like.multiplicity)
+        check_sanity(frames, sanity.min_distance)
+        prediction = self.predict(frames)
+        check_forces(prediction.mean_forces, sanity.max_force)
+        disagreement = qbc.atom_disagreement(prediction.forces)
+        above = limit is not None and not (disagreement <= limit).all()
+        self._keep(frames, disagreement.mean(axis=-1), always=above)  # the frame that stops a walker is one worth a label
+        if limit is not None:
+            check_disagreement(disagreement, limit)
+        decisions = self._judge(prediction, frames)
+        worst = float(disagreement.mean(axis=-1).max())
+        self.on_step(self.counter.moment()[0], f"disagreement {1e3 * worst:.1f} meV/Å | {len(self.kept)} frames")
+        self.counter.advance(len(request.positions), request.rows, request.padding)
+        return make_reply(prediction, decisions, {}, frames, 0.0, self.config.output.extras)
+
+    def _keep(self, frames: Frames, disagreement: Array, always: bool) -> None:
+        e = self.config.explore
+        for b in range(len(frames)):
+            step, bead = self.counter.moment(b)
+            if always or step % e.stride == 0:
+                check_whole(frames[b], e.max_gap)
+                self.kept.append(frames[b], step, bead, float(disagreement[b]))
+
+    def _judge(self, prediction: Prediction, frames: Frames) -> list[Decision]:
+        """What a run that asks on the fly would have decided, for the extras; nothing is asked here."""
+        if prediction.generation == 0:
+            return [Decision(False, "none", 1.0, float(sd)) for sd in prediction.energy_predictive_sd]
+        return self.policy.judge(prediction, frames, self.calibrations, np.ones(len(frames)))
+
+
+@dataclass
+class Dynamics:
+    """One walker in one round; what stands in its folder is not done again."""
+
+    name: str
+    folder: Path
+    """i-PI's, with its input in it."""
+    frames_file: Path
+    facts_file: Path
+    """Written when the walker has ended."""
+    log_file: Path
+    first: bool
+    """It starts from the user's structure."""
+    watch: Callable[[StepCounter, TrajectoryFile, Callable[[int, str], None]], Watch]
+    progress: Progress | None = field(default=None, init=False)
+    step: int = field(default=0, init=False)
+    """Of the last frame that was answered."""
+
+    def run(self, config: ExploreConfig) -> dict[str, Any]:
+        """Run i-PI to its last step, or to where the walker leaves the sanity window; returns what is written.
+
+        Raises: GuardStop when not even the first frame is within the window; IpiGone; CleanStop when i-PI was told to stop.
+        """
+        begin = time.monotonic()
+        simulation = IpiProcess(self.folder / INPUT, self.folder, self.log_file)
+        found = read_input(self.folder / INPUT)
+        kept = TrajectoryFile(self.frames_file)
+        stopped = ""
+        try:
+            if not simulation.finished():
+                self._drive(config, simulation, found, kept)
+        except GuardStop as error:
+            stopped = str(error)
+        finally:
+            simulation.stop(STOP_SECONDS, STOP_SECONDS)
+            kept.close()
+            if self.progress is not None:
+                self.progress.finish()
+        if not stopped and not simulation.finished():
+            if simulation.stopped_on_request():
+                raise CleanStop(f"i-PI was told to stop, at step {simulation.reached()}; the same command goes on")
+            raise IpiGone(
+                f"i-PI ended at step {simulation.reached()} of {found.total_steps}; see {self.log_file}. The same command goes on from "
+                f"there. The end of its log:\n{simulation.tail(15)}"
+            )
+        if stopped and not len(kept) and self.first:
+            raise GuardStop(f"walker {self.name}: the start structure is outside the sanity window: {stopped}")
+        step = self.step if stopped else found.total_steps
+        facts = {
+            "walker": self.name, "frames": len(kept), "beads": found.n_beads, "step": step, "stopped": stopped,
+            "seconds": time.monotonic() - begin,
+        }  # fmt: skip
+        write_atomic(self.facts_file, json.dumps(plain(facts)).encode())
+        return facts
+
+    def _drive(self, config: ExploreConfig, simulation: IpiProcess, found: IpiInput, kept: TrajectoryFile) -> None:
+        effective = simulation.start()
+        per_step = found.n_beads * found.n_systems
+        counter = StepCounter(per_step, effective.step, found.batch_size > 1)
+        self.progress = progress = Progress(found.total_steps, effective.step)
+
+        def on_step(step: int, text: str) -> None:
+            self.step = step
+            progress.show(step, f"{self.name} | {text}")
+
+        client = make_client(config, effective.endpoints, effective.shared_memory, self.watch(counter, kept, on_step).respond)
+        try:
+            simulation.wait_until_listening(effective, config.ipi.connect_timeout)
+            client.serve()
+        finally:
+            client.close()
+        simulation.wait(STOP_SECONDS)
+
+
+def last_good(step: Array, disagreement: Array, stopped: bool) -> int | None:
+    """The kept step from which a walker goes on in the next round; None: none is good.
+
+    A walker that left the sanity window was lost before that was noticed: its last kept step is passed over, and so are steps at
+    which the members disagreed much more than they used to on its way.
+
+    Args: step: (N,) of its frames.   disagreement: (N,) eV/Å.
+    """
+    steps = np.unique(step)
+    if not stopped:
+        return int(steps[-1]) if len(steps) else None
+    each = np.array([disagreement[step == s].max() for s in steps])
+    good = steps[:-1][each[:-1] <= TWICE * np.median(each)] if len(steps) else steps
+    return int(good[-1]) if len(good) else None

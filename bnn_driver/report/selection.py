@@ -1,0 +1,206 @@
+"""A selection in numbers and in pictures: disagreement round by round, errors against labels beside the baseline, reliability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnn_driver.bayes import scores
+from bnn_driver.bayes.calibration import GammaCalibration
+from bnn_driver.errors import BnnError
+from bnn_driver.records import Array
+from bnn_driver.report import figures
+from bnn_driver.store.files import read_json
+from bnn_driver.store.run import RunDirectory, read_events
+
+BINS = 8
+"""Of the reliability, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One way of choosing."""
+
+    rounds: list[dict[str, Any]]
+    """As in round_*.json, the start frames first."""
+    tests: list[dict[str, Any]]
+    """As in test_*.json."""
+
+    @property
+    def labels(self) -> Array:
+        """(n,) labels learnt at every test."""
+        return np.array([test["labels"] for test in self.tests], dtype=int)
+
+    def errors(self, name: str) -> Array:
+        """(n,) of every test."""
+        return np.array([test[name] for test in self.tests], dtype=float)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """All that is reported of a selection."""
+
+    chosen: Arm
+    baselines: list[Arm]
+    calibration: GammaCalibration
+    """Of energies, from what was predicted of the frames before they were learnt."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Settings in use."""
+    stopped: str | None = None
+
+
+def is_selection(run_path: Path) -> bool:
+    """Whether a run directory was made by `select`."""
+    return (Path(run_path) / "selection").is_dir()
+
+
+def read_selection(run_path: Path) -> Selection:
+    """Everything from a run directory, of a living or a dead run.  Raises: EnvironmentProblem when it is none or is damaged."""
+    run = RunDirectory.existing(Path(run_path))
+    settings = read_json(run.settings_file)["effective"]
+    chosen = _arm(run.path / "selection")
+    prior = settings["calibration"]
+    calibration = GammaCalibration(prior["a"], prior["b"], prior["forgetting"])
+    for record in chosen.rounds[1:]:
+        calibration = calibration.observe(record["frame_energy_error"], record["frame_energy_sd"])
+    stops = [event.get("reason") for event in read_events(run.events_dir) if event["kind"] == "stop"]
+    arms = [_arm(folder) for folder in sorted((run.path / "baseline").glob("*"))]
+    return Selection(chosen, arms, calibration, settings, stops[-1] if stops else None)
+
+
+def _arm(folder: Path) -> Arm:
+    rounds, tests = ([read_json(path) for path in sorted(folder.glob(f"{name}_*.json"))] for name in ("round", "test"))
+    return Arm(rounds, tests)
+
+
+def selection_summary(run_path: Path) -> dict[str, Any]:
+    """Numbers of a selection, ready for JSON; energies eV, forces eV/Å."""
+    found = read_selection(run_path)
+    rounds = []
+    for number, test in enumerate(found.chosen.tests):
+        record = found.chosen.rounds[number + 1] if number + 1 < len(found.chosen.rounds) else {}
+        beside = [arm.tests[number]["force_error"] for arm in found.baselines if number < len(arm.tests)]
+        rounds.append(
+            {name: test[name] for name in ("labels", "force_error", "force_rmse", "energy_rmse", "disagreement")}
+            | {"selected": record.get("selected"), "remaining": record.get("remaining")}
+            | {"random_force_error": float(np.mean(beside)) if beside else None, "random_runs": len(beside)}
+            | reliability(test, found)
+        )
+    return {
+        "labels": sum(len(record["chosen"]) for record in found.chosen.rounds),
+        "near_duplicates": sum(len(record.get("near_duplicates", ())) for record in found.chosen.rounds),
+        "rank": found.facts["pool"]["rank"],
+        "diversity": found.facts["pool"]["diversity"],
+        "committee": found.facts["committee"]["kind"],
+        "members": found.facts["ensemble"]["members"],
+        "rounds": rounds,
+        "stopped": found.stopped,
+    }
+
+
+def reliability(test: dict[str, Any], found: Selection) -> dict[str, float | None]:
+    """How the spread tells errors on the test frames.
+
+    Forces: disagreement against the error of a frame; "large" errors are those above [accuracy] forces, or where there is none above
+    their median.  Energies: calibrated predictive sd.
+    """
+    error, spread = np.array(test["frame_force_error"]), np.array(test["frame_disagreement"])
+    limit = found.facts["accuracy"].get("forces") or float(np.median(error))
+    energy, sd = np.array(test["frame_energy_error"]), np.array(test["frame_energy_sd"]) * found.calibration.inflation
+    accuracy = found.facts["accuracy"]["energy"]
+    try:
+        each = {
+            "force_auroc": scores.auroc(error, spread, limit),
+            "force_rank": scores.rank_correlation(error, spread),
+            "energy_auroc": scores.auroc(energy, sd, accuracy),
+            "energy_rank": scores.rank_correlation(energy, sd),
+            "energy_scale": scores.rms_ratio(energy, sd),
+        }
+    except BnnError:  # members that agree on a frame to the last bit have no spread to be judged
+        return dict.fromkeys(("force_auroc", "force_rank", "energy_auroc", "energy_rank", "energy_scale"))
+    return {name: value if np.isfinite(value) else None for name, value in each.items()}
+
+
+def render_selection(summary: dict[str, Any]) -> str:
+    """The numbers of `selection_summary` as a table for a terminal."""
+    diverse = "with diversity" if summary["diversity"] else "the most uncertain"
+    lines = [
+        f"committee   {summary['members']} members, {summary['committee']}; ranked by {summary['rank']}, {diverse}",
+        f"labels      {summary['labels']}  ({summary['near_duplicates']} frames passed over as near-duplicates)",
+        "",
+        f"{'':>7}{'disagreement, meV/Å':>27}{'error on the test frames':>33}{'':>15}{'spread against error':>26}",
+        f"{'labels':>7}{'selected':>9}{'remaining':>10}{'test':>8}"
+        f"{'forces, meV/Å':>16}{'random':>9}{'energy, meV':>13}   {'AUROC F':>9}{'rank F':>8}{'rank E':>8}{'e/sd':>7}",
+    ]
+    for row in summary["rounds"]:
+        lines.append(
+            f"{row['labels']:>7}{_milli(row['selected']):>9}{_milli(row['remaining']):>10}{_milli(row['disagreement']):>8}"
+            f"{_milli(row['force_error']):>16}{_milli(row['random_force_error']):>9}{_milli(row['energy_rmse']):>13}   "
+            f"{_plain(row['force_auroc']):>9}{_plain(row['force_rank']):>8}{_plain(row['energy_rank']):>8}{_plain(row['energy_scale']):>7}"
+        )
+    if summary["stopped"]:
+        lines += ["", f"stopped     {summary['stopped']}"]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def selection_figure(run_path: Path, out_png: Path) -> None:
+    """Draw a selection, living or dead, into a PNG file."""
+    found = read_selection(run_path)
+    figure, panels = figures.blank(1, 3, (13.5, 4.4))
+    _disagreement(panels[0], found)
+    _learning(panels[1], found)
+    _reliable(panels[2], found)
+    figures.save(figure, panels, out_png)
+
+
+def _disagreement(panel: figures.Axes, found: Selection) -> None:
+    """Of what was taken and of what was left, before it was learnt."""
+    rounds = found.chosen.rounds[1:]
+    labels = found.chosen.labels[: len(rounds)]
+    for name, colour, marker in (("selected", figures.RED, "o"), ("remaining", figures.BLUE, "s")):
+        values = [1e3 * record[name] for record in rounds]
+        panel.plot(labels, values, marker=marker, color=colour, label=name, markersize=5)
+    ends = 1e3 * np.array([record["pool_quantiles"] for record in rounds]).reshape(-1, 3)
+    panel.fill_between(labels, ends[:, 0], ends[:, 2], color=figures.BLUE, alpha=0.12, linewidth=0, label="5 to 95 % of the pool")
+    figures.style(panel, "labels", "force disagreement / meV/Å", "Disagreement, round by round", log="y")
+
+
+def _learning(panel: figures.Axes, found: Selection) -> None:
+    """Error on the test frames against the number of labels, beside frames drawn by lot."""
+    for number, arm in enumerate(found.baselines):
+        name = "drawn by lot, same effort" if number == 0 else None
+        panel.plot(arm.labels, 1e3 * arm.errors("force_error"), "x--", color=figures.GREY, label=name, markersize=5)
+    panel.plot(
+        found.chosen.labels, 1e3 * found.chosen.errors("force_error"), "o-", color=figures.RED, label="selected", markersize=5
+    )
+    figures.style(panel, "labels", "mean force error on the test frames / meV/Å", "What the labels teach", log="y")
+
+
+def _reliable(panel: figures.Axes, found: Selection) -> None:
+    """Error of every test frame against the disagreement on it, after the last update; root mean squares of equally filled bins."""
+    if found.chosen.tests:
+        test = found.chosen.tests[-1]
+        error, spread = 1e3 * np.array(test["frame_force_error"]), 1e3 * np.array(test["frame_disagreement"])
+        panel.plot(spread, error, ".", color=figures.BLUE, alpha=0.45, markersize=5, label="test frame")
+        if spread.min() > 0:
+            rows = scores.reliability(error, spread, min(BINS, len(error)))
+            panel.plot(
+                rows[:, 0], rows[:, 1], "D-", color="black", markersize=4.5, linewidth=1, label="rms of equally filled bins"
+            )
+        judged = reliability(test, found)
+        known = [
+            f"{name} {x:.2f}" for name, x in (("AUROC", judged["force_auroc"]), ("rank", judged["force_rank"])) if x is not None
+        ]
+        panel.annotate(", ".join(known), (0.03, 0.97), xycoords="axes fraction", va="top", fontsize=9)
+    figures.style(panel, "force disagreement / meV/Å", "force error / meV/Å", "Reliability of the spread", log="xy")
+
+
+def _milli(value: float | None) -> str:
+    return "-" if value is None else f"{1e3 * value:.1f}"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

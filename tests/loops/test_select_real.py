@@ -1,0 +1,103 @@
+"""Selecting with the real parts: a MACE whose chains learn labels of GFN1-xTB, and models that mace trains from scratch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from small_pool import CONFIG, frames, write_pool
+from small_run import program
+
+from bnn_driver.oracle import load_oracle
+from bnn_driver.records import Frames
+
+pytestmark = pytest.mark.slow
+HYDRONIUM = Atoms("OH3", positions=[[0, 0, 0.2], [0.94, 0, -0.05], [-0.47, 0.81, -0.05], [-0.47, -0.81, -0.05]])
+
+REAL = """
+[system]
+charge = 1
+[ensemble]
+members = 2
+steps_per_update = 150
+temperature = 0.0
+step_size = 5e-4
+[accuracy]
+energy = "1 kcal/mol"
+[pool]
+file = "pool.extxyz"
+energy_key = "REF_energy"
+forces_key = "REF_forces"
+test = 8
+start = 4
+batch = 4
+rounds = 2
+baseline = 0
+"""
+
+
+def hydronium(count: int) -> list[Atoms]:
+    """Shaken, labelled with its charge."""
+    oracle, rng, out = load_oracle("tblite", {"method": "GFN1-xTB"}), np.random.default_rng(0), []
+    for _ in range(count):
+        atoms = HYDRONIUM.copy()
+        atoms.positions += rng.normal(0, 0.08, (4, 3))
+        label = oracle(Frames(atoms.numbers, atoms.positions[None], charge=1))
+        atoms.info["REF_energy"], atoms.arrays["REF_forces"] = label.energy, label.forces
+        out.append(atoms)
+    return out
+
+
+def test_chains_of_a_mace_learn_an_ion_and_are_exported(tmp_path: Path) -> None:
+    config = write_pool(tmp_path, hydronium(30), REAL)
+    done = program("select", config)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(program("status", config, "--json").stdout)
+    errors = [row["force_error"] for row in facts["rounds"]]
+    assert [row["labels"] for row in facts["rounds"]] == [4, 8, 12]
+    sizes = [np.linalg.norm(a.arrays["REF_forces"], axis=1).mean() for a in ase.io.read(tmp_path / "pool.extxyz", ":")]
+    assert max(errors) < 0.25 * np.mean(sizes), (
+        "updates of 150 steps are too short for more: they leave what their first steps kick up"
+    )
+    assert {ase.io.read(f).info["charge"] for f in (tmp_path / "run" / "labels").glob("*.extxyz")} == {1}
+    exported = program("export", config, "--to", "mace", "-o", tmp_path / "out")
+    assert exported.returncode == 0, exported.stderr
+    assert len(list((tmp_path / "out").glob("member_*.model"))) == 2
+    assert len(ase.io.read(tmp_path / "out" / "labels.extxyz", ":")) == 12
+
+
+SCRATCH = """
+[committee]
+kind = "scratch"
+steps = 20
+parallel = 2
+mace = { num_channels = 4, max_L = 0, r_max = 3.0, correlation = 1, MLP_irreps = "4x0e", radial_MLP = "[8]" }
+"""
+
+
+def test_models_from_scratch_are_trained_by_mace_and_disagree(tmp_path: Path) -> None:
+    """Their energies have the labels' zero, thousands of eV away, without being told."""
+    text = (
+        CONFIG.replace("rounds = 3", "rounds = 1").replace("baseline = 1", "baseline = 0").replace("members = 4", "members = 2")
+    )
+    config = write_pool(tmp_path, frames(60), text + SCRATCH)
+    done = program("select", config, timeout=580)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(program("status", config, "--json").stdout)
+    assert facts["committee"] == "scratch"
+    assert [row["labels"] for row in facts["rounds"]] == [6, 10]
+    assert facts["rounds"][0]["selected"] > facts["rounds"][0]["remaining"] > 0
+    assert all(row["energy_rmse"] < 50 for row in facts["rounds"])
+    assert len(list((tmp_path / "run" / "generations").glob("*/member_*.model"))) == 4
+    assert not list((tmp_path / "run" / "generations").glob("*/work_*"))
+
+
+def test_a_training_that_fails_ends_with_the_words_of_mace(tmp_path: Path) -> None:
+    config = write_pool(tmp_path, frames(60), CONFIG + SCRATCH.replace("num_channels", "channels"))
+    done = program("select", config)
+    assert done.returncode == 3
+    assert "unrecognized arguments: --channels" in done.stderr
