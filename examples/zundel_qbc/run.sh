@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up an environment in .venv, makes the pool, and selects from it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-python3}
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+.venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+.venv/bin/pip install --quiet --disable-pip-version-check -e ".[pyscf,tblite]" -c constraints.txt
+[ -f examples/zundel_qbc/pool.extxyz ] || OMP_NUM_THREADS=1 .venv/bin/python examples/zundel_qbc/make_pool.py
+.venv/bin/bnn-driver select examples/zundel_qbc/bnn.toml
