@@ -216,6 +216,8 @@ class OracleSettings(Section):
     workers; then the chains learn and the others are judged again, until none is left."""
     max_labels: int | None = Field(default=None, ge=1)
     """Budget; reaching it ends the run with exit code 7, never loosens the promise."""
+    rewinds: int = Field(default=3, ge=0)
+    """How many times in a row `run` goes back to a checkpoint, and on with other random numbers, when a frame cannot be labelled."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 i-PI's exit code is 0 in every case, so what happened is read from its RESTART and its log.  A clean exit leaves RESTART; a
 kill leaves only the last <checkpoint>: the furthest readable file of both is where it goes on.  i-PI empties a checkpoint before it
-writes it anew, so a copy of the last whole one is kept.
+writes it anew, so copies of the last whole ones are kept.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -35,6 +36,10 @@ POLL_SECONDS = 0.05
 KEEP_SECONDS = 20.0
 """How often the newest checkpoint is copied."""
 KEPT = "kept.checkpoint"
+OLDER = ("older_1.checkpoint", "older_2.checkpoint", "older_3.checkpoint")
+"""The copies before that one, from new to old."""
+SEEDS = 2**31
+"""i-PI takes smaller ones."""
 MARK = "# i-PI started on "
 # argv: this process, then a command that is ended (SIGTERM: i-PI writes RESTART) when this process dies, however it dies
 LAUNCH = """
@@ -63,6 +68,7 @@ class IpiProcess:
         self._endpoints: tuple[Endpoint, ...] = ()
         self._checkpoints: tuple[str, ...] = ()
         self._ended = threading.Event()
+        self._copying: threading.Thread | None = None
 
     def start(self) -> IpiInput:
         """Start i-PI on the user's input, or where an earlier run in this folder stopped; returns what it runs on.
@@ -109,7 +115,8 @@ class IpiProcess:
             )
         self._pid_file.write_text(json.dumps({"pid": self._process.pid}))
         self._ended.clear()
-        threading.Thread(target=self._keep_checkpoints, daemon=True, name="checkpoints").start()
+        self._copying = threading.Thread(target=self._keep_checkpoints, daemon=True, name="checkpoints")
+        self._copying.start()
         log.info("i-PI started on %s in %s (pid %d)", source.name, self.folder, self._process.pid)
 
     def _keep_checkpoints(self) -> None:
@@ -132,7 +139,42 @@ class IpiProcess:
         partial = kept.with_name(kept.name + ".part")
         partial.write_bytes(content)
         os.utime(partial, ns=(time_ns, time_ns))
+        if kept.exists():
+            self._shift()
         partial.replace(kept)
+
+    def _shift(self) -> None:
+        """Make room for a new copy; the newest stays where it is until it is replaced."""
+        files = [self.folder / name for name in OLDER]
+        for newer, older in reversed(list(itertools.pairwise(files))):
+            if newer.exists():
+                newer.replace(older)
+        copy = files[0].with_name(files[0].name + ".part")
+        shutil.copyfile(self.folder / KEPT, copy)
+        copy.replace(files[0])
+
+    def rewind(self, below: int, seed: int) -> int | None:
+        """Have the next start begin at the furthest checkpoint before a step, with other random numbers; i-PI must have ended.
+
+        Args: below: a step.   Returns: the step of that checkpoint; None when there is none, and nothing is changed.
+        """
+        if self._copying is not None:
+            self._copying.join()
+        files = self._restarts()
+        begun, given = self.folder / "input.xml", read_input(self.xml)
+        if given.checkpoint_files and _restart_number(begun, "step") is not None:  # without checkpoints it is all that was done
+            files[begun] = given.step
+        target = max((file for file, step in files.items() if step < below), key=lambda file: files[file], default=None)
+        if target is None:
+            return None
+        step = files[target]
+        partial = (self.folder / KEPT).with_name(KEPT + ".part")
+        partial.write_text(_reseeded(target.read_text(), seed % SEEDS))
+        partial.replace(self.folder / KEPT)
+        for file, reached in files.items():
+            if reached >= step and file.name not in (KEPT, begun.name):
+                file.unlink()
+        return step
 
     @property
     def _pid_file(self) -> Path:
@@ -176,10 +218,14 @@ class IpiProcess:
 
     def _furthest_restart(self) -> Path | None:
         """RESTART or the checkpoint with the largest step, or what this start began with; a torn file is passed over."""
-        patterns = ("RESTART", KEPT, "restart.xml", *read_input(self.xml).checkpoint_files)
+        steps = self._restarts()
+        return max(steps, key=lambda file: (steps[file], file.name == "RESTART", file.name == KEPT), default=None)
+
+    def _restarts(self) -> dict[Path, int]:
+        """Files that i-PI could go on from, and their steps."""
+        patterns = ("RESTART", KEPT, *OLDER, "restart.xml", *read_input(self.xml).checkpoint_files)
         files = {file for pattern in patterns for file in self.folder.glob(pattern)}
-        steps = {file: step for file in sorted(files) if (step := _restart_number(file, "step")) is not None}
-        return max(steps, key=lambda file: (steps[file], file.name == "RESTART"), default=None)
+        return {file: step for file in sorted(files) if (step := _restart_number(file, "step")) is not None}
 
     @property
     def is_running(self) -> bool:
@@ -311,6 +357,13 @@ def _restart_number(file: Path, tag: str) -> int | None:
         return 0 if text is None else int(text)
     except (OSError, ET.ParseError, ValueError):
         return None
+
+
+def _reseeded(text: str, seed: int) -> str:
+    """An input or a checkpoint with random numbers that begin at a seed."""
+    prng = f"<prng><seed> {seed} </seed></prng>"
+    changed, found = re.subn(r"<prng[^>]*/>|<prng.*?</prng>", prng, text, count=1, flags=re.DOTALL)
+    return changed if found else re.sub(r"<simulation[^>]*>", lambda match: match.group() + prng, text, count=1)
 
 
 def _end(process: psutil.Process, terminate_seconds: float) -> bool:

@@ -282,6 +282,13 @@ class Driver:
             if self.labelling.is_own(item) and item.label.frame_id not in announced:
                 self._announce(item)
 
+    def begin_at(self, step: int) -> None:
+        """i-PI starts, or goes back, at a step; what came beside a frame that could not be labelled is learnt now."""
+        self.counter.first_step, self.counter.frames_seen = step, 0
+        for item in self.labelling.store.all():
+            if self.labelling.is_own(item) and not item.context["audit"]:
+                self._learn(item)
+
     def _same_promise(self, item: LabelledFrame) -> bool:
         then = (item.context.get("accuracy"), item.context.get("confidence"))
         return then == (self.settings.accuracy, self.policy.confidence)

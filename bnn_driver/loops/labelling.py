@@ -91,12 +91,13 @@ class Labelling:
         """Labels of all frames, computed at once; returns when every one is on disk.
 
         Args: changed: tells of new weights; frames that have not begun by then are taken back (None in the result) and are to be
-            judged again.   Raises: GuardStop when the budget of labels is spent.  OracleError when one frame could not be labelled;
-            the others are kept.
+            judged again.   Raises: GuardStop when the budget of labels is spent.  OracleError when one frame could not be labelled
+            (the others are kept), or when labels fail again and again.
         """
         results = self._answers(frames, contexts, changed)
         failures = [result for result in results if isinstance(result, OracleError)]
         if failures:
+            self._breaker.check()
             raise type(failures[0])("\n".join(str(error) for error in failures)) from failures[0]
         return [result for result in results if not isinstance(result, OracleError)]
 

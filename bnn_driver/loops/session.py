@@ -38,6 +38,7 @@ from bnn_driver.loops.execution import make_labelling, make_trainer_place
 from bnn_driver.loops.findings import input_findings
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
+from bnn_driver.loops.rewinding import FRAME_FAILED, Rewinding
 from bnn_driver.loops.trainer import TrainerProcess
 from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
 from bnn_driver.oracle import absolute_paths, fingerprint, load_oracle
@@ -77,10 +78,8 @@ def run_session(config_file: Path, walker: str = "", until: str | None = None) -
             session.finish("finished", wait_for_audits=True)
             return run.path
         stack.callback(simulation.stop, STOP_SECONDS, STOP_SECONDS)
-        effective = simulation.start()
-        session.begin_at(effective.step)
-        client = make_client(config, effective.endpoints, effective.shared_memory, session.driver.respond)
-        session.serve(client, partial(simulation.wait_until_listening, effective, config.ipi.connect_timeout))
+        with session.books_closed_on_error():
+            _drive(config, simulation, session, _rewinding(config, run, session.driver))
         simulation.wait(STOP_SECONDS)
         if not simulation.finished():
             session.finish(f"i-PI ended at step {simulation.reached()}")
@@ -92,6 +91,33 @@ def run_session(config_file: Path, walker: str = "", until: str | None = None) -
             )
         session.finish("finished", wait_for_audits=True)
     return run.path
+
+
+def _drive(config: Config, simulation: IpiProcess, session: Session, rewinding: Rewinding) -> None:
+    """Answer i-PI until it ends; before a frame that cannot be labelled it goes back and takes another way."""
+    while True:
+        effective = simulation.start()
+        session.begin_at(effective.step)
+        client = make_client(config, effective.endpoints, effective.shared_memory, session.driver.respond)
+        try:
+            session.serve(client, partial(simulation.wait_until_listening, effective, config.ipi.connect_timeout))
+            return
+        except FRAME_FAILED as error:
+            simulation.stop(STOP_SECONDS, STOP_SECONDS)
+            if not rewinding.go_back(simulation, session.driver.counter.moment()[0], error):
+                raise
+
+
+def _rewinding(config: Config, run: RunDirectory, driver: Driver) -> Rewinding:
+    times = sum(event["kind"] == "rewind" for event in read_events(run.events_dir))
+
+    def tell(step: int, target: int, reason: str) -> None:
+        driver.events.append("rewind", step=step, to=target, reason=reason)
+        driver.warn(
+            f"i-PI goes back from step {step} to {target} and takes another way, for a frame could not be labelled: {reason}"
+        )
+
+    return Rewinding(config.oracle.rewinds, config.run.seed, run.walker, tell, times)
 
 
 def serve_session(
@@ -117,7 +143,8 @@ def serve_session(
             _check_input(ipi_input, config)
         with _open(config, config_file, run, frames, ipi_input, ipi_input.step if ipi_input else 0, clock) as session:
             try:
-                session.serve(make_client(config, endpoints, shared_memory, session.driver.respond))
+                with session.books_closed_on_error():
+                    session.serve(make_client(config, endpoints, shared_memory, session.driver.respond))
             except TimeIsUp:
                 ask_to_stop(endpoints, STOP_SECONDS)
                 raise
@@ -143,12 +170,20 @@ class Session:
         self.clock.progressed = self._progressed
 
     def serve(self, client: Client, wait_for_ipi: Callable[[], None] = lambda: None) -> None:
-        """Answer i-PI until it ends.  Raises: KeyboardInterrupt on Ctrl-C or SIGTERM, after the books are closed."""
+        """Answer i-PI until it ends."""
         try:
             wait_for_ipi()
             client.serve()
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException:
             client.close()
+            raise
+
+    @contextlib.contextmanager
+    def books_closed_on_error(self) -> Iterator[None]:
+        """A context; what it raises, also KeyboardInterrupt on Ctrl-C or SIGTERM, is in the events before it goes on."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
             self.clock.disarm()  # from here on it is stopping
             try:
                 self.finish(_reason(error))
@@ -160,7 +195,8 @@ class Session:
 
     def begin_at(self, step: int) -> None:
         """The step at which i-PI really starts: an i-PI that a killed driver left may have gone further than it seemed."""
-        self.driver.counter.first_step = self.progress.first_step = step
+        self.driver.begin_at(step)
+        self.progress.first_step = step
         self._at_first = self._reached()
 
     def finish(self, reason: str, *, wait_for_audits: bool = False) -> None:

@@ -55,6 +55,7 @@ def summary(run_path: Path) -> dict[str, Any]:
         "coverage": coverage,
         "starts": len(history.of_kind("start")),
         "warnings": len(history.of_kind("warning")),
+        "rewinds": len(history.of_kind("rewind")),
         "stopped": stops[-1].get("reason") if stops else None,
     }
 
@@ -136,6 +137,10 @@ def render_summary(summary: dict[str, Any]) -> str:
         *(_line(_titled(name), _promise(facts, summary["confidence"])) for name, facts in _promises(summary).items()),
         _line("wall time", _clock(clock)),
     ]
+    if summary["rewinds"]:
+        lines.append(
+            _line("went back", f"{summary['rewinds']} times, around frames that could not be labelled: see oracle/quarantine")
+        )
     if summary["warnings"]:
         lines.append(_line("warnings", f"{summary['warnings']}, see events/ and log/"))
     if summary["stopped"]:

@@ -54,7 +54,7 @@ class Fault:
     call: int = 1
     match: str = ""
     action: str = "kill"
-    """kill, full (no space on the disk), hang, stop (SIGSTOP), jump (of the clock, in all processes)."""
+    """kill, full (no space on the disk), hang, stop (SIGSTOP), jump (of the clock, in all processes), unconverged (an SCF)."""
     victim: str = ""
     """Whom to kill instead of the process itself: a word of a command line."""
     until: str = ""

@@ -15,8 +15,12 @@ import pytest
 from campaign import LIMIT, Fault, Place, Table, until
 from verify import resumes
 
+from bnn_driver.store.run import read_events
+
 pytestmark = pytest.mark.ipi
 HANGS = {"role": "worker", "place": "bnn_driver.oracle:label", "when": "before", "action": "hang"}
+
+UNCONVERGED = HANGS | {"action": "unconverged"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class HungOracle:
     def attack(self, folder: Path) -> None:
         """It hangs once, then for ever; the frame is set aside with the reason, and not tried again until something changes."""
         place = Place(folder)
-        place.edit('kind = "toy"\ntimeout = "20 s"', 'kind = "toy"\ntimeout = "2 s"')
+        place.edit('kind = "toy"\ntimeout = "20 s"', 'kind = "toy"\ntimeout = "2 s"\nrewinds = 0')
         place.strike(Fault("oracle hangs once", call=2, ends=(0,), **HANGS))
         place.lengthen(place.steps + 8)
         said = place.strike(Fault("oracle hangs for ever", lasting=True, ends=(4,), says="killed after 4 s", **HANGS))
@@ -52,6 +56,52 @@ class HungOracle:
         place.edit('timeout = "2 s"', 'timeout = "10 s"')  # what the message says
         resumes(place)
         assert not asked.exists(), "the frame has its label now"
+
+
+@dataclass(frozen=True)
+class HardFrames:
+    """Frames that no rung of the ladder labels: set aside, and the simulation goes back and around them."""
+
+    name: str
+    beads: int = 1
+
+    def attack(self, folder: Path) -> None:
+        """The run ends well all the same, and says what it did."""
+        place = Place(folder, steps=40, options={"beads": self.beads, "batch": self.beads})
+        place.edit("probability = 0.25", "probability = 0")  # a failed audit stops nobody
+        said = place.strike(Fault(self.name, call=8 * self.beads, ends=(0,), says="takes another way", **UNCONVERGED))
+        records = list((place.run / "oracle" / "quarantine").glob("*.json"))
+        backs = [e for e in read_events(place.run / "events") if e["kind"] == "rewind"]
+        assert len(records) == len(backs) == 1, said
+        assert backs[0]["to"] < backs[0]["step"] == json.loads(records[0].read_text())["step"]
+        assert "SCFNotConverged" in backs[0]["reason"]
+        assert "went back" in said
+        place.lengthen(place.steps + 8)
+        resumes(place)
+
+
+@dataclass(frozen=True)
+class KilledGoingBack:
+    """The driver dies while the checkpoint that it goes back to is made the next start."""
+
+    name: str
+
+    def attack(self, folder: Path) -> None:
+        """The next start meets the frame again, does not compute it again, and goes back."""
+        place = Place(folder, steps=40)
+        place.edit("probability = 0.25", "probability = 0")
+        place.strike(
+            Fault("SCF unconverged, then a kill", call=8, ends=(-signal.SIGKILL,), **UNCONVERGED),
+            Fault(self.name, "driver", "bnn_driver.ipi.simulation:_reseeded", "after"),
+        )
+        before = place.computed.read_text().splitlines()
+        code, said = place.end(place.start())
+        assert code == 0, said
+        assert "is not tried again with the same settings" in said
+        assert [e["kind"] for e in read_events(place.run / "events")].count("rewind") == 1
+        assert place.computed.read_text().splitlines()[: len(before)] == before
+        place.lengthen(place.steps + 8)
+        resumes(place)
 
 
 @dataclass(frozen=True)
@@ -101,6 +151,9 @@ class JumpingClock:
 
 TRIALS: list[Any] = [
     HungOracle("hung oracle"),
+    HardFrames("SCF unconverged"),
+    HardFrames("SCF unconverged in a ring", beads=2),
+    KilledGoingBack("kill driver: going back"),
     Stopped(
         "trainer stopped (SIGSTOP)", "trainer", "bnn_driver.store.weights:publish", "",
         ("max_lag = 0", 'max_lag = 0\nstall_timeout = "20 s"'), (0,), "did nothing for 20 s",

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from harness import NVE, XYZ, Serving, Setup, client_of, columns, running
+from harness import NVE, NVT, XYZ, Serving, Setup, client_of, columns, running
 from toys import Harmonic
 
 from bnn_driver.errors import ConfigError, EnvironmentProblem, IpiGone
-from bnn_driver.ipi.simulation import IpiProcess, read_input
+from bnn_driver.ipi.simulation import IpiProcess, _restart_number, read_input
 from bnn_driver.ipi.transport import Endpoint, listen
 from bnn_driver.units import BOHR
 
@@ -315,6 +315,63 @@ def test_what_a_start_began_with_is_the_last_resort(tmp_path: Path):
     for file in (process.folder / "RESTART", *process.folder.glob("*check*"), *process.folder.glob("*restart")):
         file.unlink(missing_ok=True)
     assert process.reached() == 8
+
+
+CHECKPOINTED = Setup(steps=12, dynamics=NVT, output=Setup().output + "<checkpoint stride='4' overwrite='False' filename='chk'/>")
+
+
+@pytest.mark.ipi
+def test_going_back_takes_another_way_from_an_earlier_checkpoint(tmp_path: Path):
+    with running(CHECKPOINTED, tmp_path) as (process, effective):
+        assert client_of(effective, Harmonic()).serve() == "exit"
+        assert process.wait(5.0)
+        first = columns(tmp_path)
+        assert process.rewind(11, seed=5) == 8
+        assert process.reached() == 8
+        effective = process.start()
+        assert effective.step == 8
+        process.wait_until_listening(effective, 20.0)
+        assert client_of(effective, Harmonic()).serve() == "exit"
+        assert process.wait(5.0)
+        assert process.finished()
+    again = columns(tmp_path)[len(first) :]
+    assert again[:, 0].tolist() == [9, 10, 11, 12]
+    moved = np.abs(again[:, 2] - first[9:, 2])
+    # the potential energy moves by 0.012 eV per step
+    assert moved[0] < 0.002, "it begins where the checkpoint was"
+    assert moved[-1] > moved[0] > 1e-9, "and takes another way"
+
+
+@pytest.mark.ipi
+def test_going_back_again_goes_further_and_at_last_to_the_start(tmp_path: Path):
+    with running(CHECKPOINTED, tmp_path) as (process, effective):
+        assert client_of(effective, Harmonic()).serve() == "exit"
+        assert process.wait(5.0)
+    assert [process.rewind(below, seed=5) for below in (8, 4, 0)] == [4, 0, None]
+    assert process.reached() == 0, "what cannot be is not begun"
+    assert process.start().step == 0
+    process.stop(0.0, 3.0)
+
+
+@pytest.mark.ipi
+def test_without_checkpoints_nothing_that_was_done_is_given_up(tmp_path: Path):
+    with running(Setup(steps=6), tmp_path) as (process, effective):
+        assert client_of(effective, Harmonic()).serve() == "exit"
+        assert process.wait(5.0)
+    assert process.rewind(6, seed=5) is None
+    assert process.reached() == 6
+
+
+def test_the_copies_of_checkpoints_are_in_order_and_no_more_than_four(tmp_path: Path):
+    process = IpiProcess(Setup(output=OFTEN).write(tmp_path), tmp_path / "run", tmp_path / "log")
+    process.folder.mkdir()
+    process._checkpoints = ("sim.chk",)
+    for step in range(6):
+        (process.folder / "sim.chk").write_text(f"<simulation><step> {step} </step></simulation>")
+        os.utime(process.folder / "sim.chk", ns=(step, step))
+        process.keep_checkpoint()
+    found = {file.name: _restart_number(file, "step") for file in process.folder.glob("*.checkpoint")}
+    assert found == {"kept.checkpoint": 5, "older_1.checkpoint": 4, "older_2.checkpoint": 3, "older_3.checkpoint": 2}
 
 
 def test_recorded_pid_that_is_another_program_now_is_left_alone(tmp_path: Path):

@@ -97,6 +97,10 @@ class Fault:
             case "hang":
                 while True:
                     time.sleep(1.0)
+            case "unconverged":
+                from bnn_driver.errors import SCFNotConverged
+
+                raise SCFNotConverged("no rung of the ladder converged")
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
 
