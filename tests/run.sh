@@ -19,7 +19,7 @@ else
   .venv/bin/python -m pytest tests/faults >"$told" 2>&1 &
   faults=$!
   trap 'kill $faults 2>/dev/null || true; rm -f "$told"' EXIT
-  .venv/bin/python -m pytest -n "${BNN_TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder --ignore=tests/faults || failed=1
+  .venv/bin/python -m pytest -n "${BNN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --ignore=tests/faults || failed=1
   wait $faults || failed=1
   cat "$told"
   exit $failed

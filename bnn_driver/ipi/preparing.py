@@ -52,13 +52,19 @@ def own_input(text: str, where: Path, seed: int, beads: int, restart: bool) -> s
     if len(systems) != 1 or root.find("system_template") is not None:
         raise ConfigError(f"{where}: expected one <system>, but got {len(systems)}; give each system an input in [ipi.walkers]")
     velocities = _velocities(systems[0], where)
-    _set(root, "prng", None)
-    _set(root, "prng/seed", str(seed % SEEDS))
+    _reseed(root, seed)
     if restart:
         step = int(root.findtext("step") or 0)
         _set(root, "step", "0")
         _set(root, "total_steps", str(int(root.findtext("total_steps") or 0) - step))
         _start_at(systems[0], velocities, beads)
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def reseeded(text: str, seed: int) -> str:
+    """An input or a checkpoint whose random numbers begin anew at a seed."""
+    root = ET.fromstring(text)
+    _reseed(root, seed)
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
@@ -71,10 +77,11 @@ def template_input(kelvin: float, beads: int, timestep: float, steps: int, addre
     root = ET.fromstring(importlib.resources.files("bnn_driver").joinpath("data", "dynamics.xml").read_text(encoding="utf-8"))
     dynamics = "system/motion/dynamics"
     for path, value in (
-        ("total_steps", steps), ("prng/seed", seed % SEEDS), ("ffsocket/address", address), ("system/initialize/velocities", kelvin),
+        ("total_steps", steps), ("ffsocket/address", address), ("system/initialize/velocities", kelvin),
         ("system/ensemble/temperature", kelvin), (f"{dynamics}/timestep", timestep),
     ):  # fmt: skip
         _set(root, path, str(value))
+    _reseed(root, seed)
     found = root.find("system/initialize"), root.find("ffsocket"), root.find(f"{dynamics}/thermostat")
     initialize, socket, thermostat = (node for node in found if node is not None)
     initialize.set("nbeads", str(beads))
@@ -82,6 +89,11 @@ def template_input(kelvin: float, beads: int, timestep: float, steps: int, addre
         thermostat.set("mode", "pile_l")
         ET.SubElement(socket, "batch_size").text = str(beads)
     return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _reseed(root: ET.Element, seed: int) -> None:
+    _set(root, "prng", None)
+    _set(root, "prng/seed", str(seed % SEEDS))
 
 
 def _parsed(text: str, where: Path) -> ET.Element:

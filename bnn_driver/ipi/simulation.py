@@ -26,6 +26,7 @@ import psutil
 
 from bnn_driver.errors import ConfigError, EnvironmentProblem, IpiGone
 from bnn_driver.ipi.inputs import IpiInput, read_input
+from bnn_driver.ipi.preparing import reseeded
 from bnn_driver.ipi.transport import Endpoint, has_listener, remove_stale_socket
 
 __all__ = ["IpiInput", "IpiProcess", "read_input"]
@@ -38,8 +39,6 @@ KEEP_SECONDS = 20.0
 KEPT = "kept.checkpoint"
 OLDER = ("older_1.checkpoint", "older_2.checkpoint", "older_3.checkpoint")
 """The copies before that one, from new to old."""
-SEEDS = 2**31
-"""i-PI takes smaller ones."""
 MARK = "# i-PI started on "
 # argv: this process, then a command that is ended (SIGTERM: i-PI writes RESTART) when this process dies, however it dies
 LAUNCH = """
@@ -169,7 +168,7 @@ class IpiProcess:
             return None
         step = files[target]
         partial = (self.folder / KEPT).with_name(KEPT + ".part")
-        partial.write_text(_reseeded(target.read_text(), seed % SEEDS))
+        partial.write_text(reseeded(target.read_text(), seed))
         partial.replace(self.folder / KEPT)
         for file, reached in files.items():
             if reached >= step and file.name not in (KEPT, begun.name):
@@ -357,13 +356,6 @@ def _restart_number(file: Path, tag: str) -> int | None:
         return 0 if text is None else int(text)
     except (OSError, ET.ParseError, ValueError):
         return None
-
-
-def _reseeded(text: str, seed: int) -> str:
-    """An input or a checkpoint with random numbers that begin at a seed."""
-    prng = f"<prng><seed> {seed} </seed></prng>"
-    changed, found = re.subn(r"<prng[^>]*/>|<prng.*?</prng>", prng, text, count=1, flags=re.DOTALL)
-    return changed if found else re.sub(r"<simulation[^>]*>", lambda match: match.group() + prng, text, count=1)
 
 
 def _end(process: psutil.Process, terminate_seconds: float) -> bool:

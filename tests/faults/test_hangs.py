@@ -92,7 +92,7 @@ class KilledGoingBack:
         place.edit("probability = 0.25", "probability = 0")
         place.strike(
             Fault("SCF unconverged, then a kill", call=8, ends=(-signal.SIGKILL,), **UNCONVERGED),
-            Fault(self.name, "driver", "bnn_driver.ipi.simulation:_reseeded", "after"),
+            Fault(self.name, "driver", "bnn_driver.ipi.simulation:reseeded", "after"),
         )
         before = place.computed.read_text().splitlines()
         code, said = place.end(place.start())

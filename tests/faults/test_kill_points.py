@@ -137,7 +137,7 @@ class OutlivedDriver:
 
     def attack(self, folder: Path) -> None:
         """The label is waited for and used, though i-PI, by its default format of numbers, asks for the frame with other ones."""
-        place = Place(folder, executor="parsl", heartbeat=LIMIT / 10, digits=False)
+        place = Place(folder, executor="parsl", heartbeat=LIMIT / 4, digits=False)
         place.edit("probability = 0.25", "probability = 0.0")  # an audit's label would not be asked for again
         go = folder / "go"
         fault = Fault(

@@ -257,8 +257,8 @@ def test_ipi_ends_with_a_restart_when_the_driver_is_killed(tmp_path: Path):
         child = psutil.Process(int(parent.stdout.readline()))
         assert "i-pi" in " ".join(child.cmdline())
         end = time.monotonic() + 30
-        while not rows(tmp_path / "run" / "sim.out") and time.monotonic() < end:
-            time.sleep(0.05)  # an i-PI before its first step has no RESTART to write
+        while len(rows(tmp_path / "run" / "sim.out")) < 3 and time.monotonic() < end:
+            time.sleep(0.05)  # an i-PI in its first step has no RESTART to write
         parent.kill()
     gone, _ = psutil.wait_procs([child], timeout=20.0)
     assert gone or child.status() == psutil.STATUS_ZOMBIE
