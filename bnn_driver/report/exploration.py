@@ -13,11 +13,9 @@ from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.errors import BnnError
 from bnn_driver.records import Array
 from bnn_driver.report import figures
+from bnn_driver.report.disagreement import milli, plain, reliability_panel
 from bnn_driver.store.files import read_json
 from bnn_driver.store.run import RunDirectory, read_events
-
-BINS = 8
-"""Of the reliability, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,9 +189,9 @@ def render_exploration(summary: dict[str, Any]) -> str:
         beyond = f"{max(row['beyond'].values())} of {row['audited']}" if row["audited"] else "-"
         seconds = row["seconds"]
         lines.append(
-            f"{row['round']:>5}{row['labels_before']:>7}{row['frames']:>8}{row['chosen']:>7}{_milli(row['fresh']):>9}"
-            f"{_milli(row['selected']):>9}{_milli(row['remaining']):>10}{_milli(row['known']):>9}{_milli(row['chosen_error']):>11}"
-            f"{_milli(row['audit_error']):>9}{_milli(row['foundation_error']):>12}{beyond:>11}{seconds['dynamics']:>11.0f}"
+            f"{row['round']:>5}{row['labels_before']:>7}{row['frames']:>8}{row['chosen']:>7}{milli(row['fresh']):>9}"
+            f"{milli(row['selected']):>9}{milli(row['remaining']):>10}{milli(row['known']):>9}{milli(row['chosen_error']):>11}"
+            f"{milli(row['audit_error']):>9}{milli(row['foundation_error']):>12}{beyond:>11}{seconds['dynamics']:>11.0f}"
             f"{seconds['labels']:>8.0f}{seconds['learning']:>10.0f}"
         )
         for name in row["stopped_walkers"]:
@@ -203,10 +201,10 @@ def render_exploration(summary: dict[str, Any]) -> str:
     first = summary["first_trajectory"]
     lines += [
         "",
-        f"first trajectory: disagreement {_milli(first['before'])} meV/Å of the first weights with a spread, "
-        f"{_milli(first['after'])} of the last",
-        f"spread against error at labels: AUROC F {_plain(summary['force_auroc'])}, rank F {_plain(summary['force_rank'])}, rank E "
-        f"{_plain(summary['energy_rank'])}, e/sd {_plain(summary['energy_scale'])}",
+        f"first trajectory: disagreement {milli(first['before'])} meV/Å of the first weights with a spread, "
+        f"{milli(first['after'])} of the last",
+        f"spread against error at labels: AUROC F {plain(summary['force_auroc'])}, rank F {plain(summary['force_rank'])}, rank E "
+        f"{plain(summary['energy_rank'])}, e/sd {plain(summary['energy_scale'])}",
     ]
     if summary["stopped"]:
         lines += ["", f"stopped     {summary['stopped']}"]
@@ -274,26 +272,6 @@ def _errors(panel: figures.Axes, found: Explored) -> None:
 
 
 def _reliable(panel: figures.Axes, found: Explored) -> None:
-    """Error of every labelled frame against the disagreement on it; root mean squares of equally filled bins."""
+    """Of every labelled frame."""
     error, spread = 1e3 * found.judged("force_error"), 1e3 * found.judged("disagreement")
-    if len(error):
-        panel.plot(spread, error, ".", color=figures.BLUE, alpha=0.6, markersize=6, label="labelled frame")
-        if spread.min() > 0 and len(error) >= 2:
-            rows = scores.reliability(error, spread, min(BINS, len(error)))
-            panel.plot(
-                rows[:, 0], rows[:, 1], "D-", color="black", markersize=4.5, linewidth=1, label="rms of equally filled bins"
-            )
-        judged = reliability(found)
-        known = [
-            f"{name} {x:.2f}" for name, x in (("AUROC", judged["force_auroc"]), ("rank", judged["force_rank"])) if x is not None
-        ]
-        panel.annotate(", ".join(known), (0.03, 0.97), xycoords="axes fraction", va="top", fontsize=9)
-    figures.style(panel, "force disagreement / meV/Å", "force error / meV/Å", "Reliability of the spread", log="xy")
-
-
-def _milli(value: float | None) -> str:
-    return "-" if value is None else f"{1e3 * value:.1f}"
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    reliability_panel(panel, error, spread, reliability(found), "labelled frame")

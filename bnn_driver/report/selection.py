@@ -13,11 +13,9 @@ from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.errors import BnnError
 from bnn_driver.records import Array
 from bnn_driver.report import figures
+from bnn_driver.report.disagreement import milli, plain, reliability_panel
 from bnn_driver.store.files import read_json
 from bnn_driver.store.run import RunDirectory, read_events
-
-BINS = 8
-"""Of the reliability, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +135,9 @@ def render_selection(summary: dict[str, Any]) -> str:
     ]
     for row in summary["rounds"]:
         lines.append(
-            f"{row['labels']:>7}{_milli(row['selected']):>9}{_milli(row['remaining']):>10}{_milli(row['disagreement']):>8}"
-            f"{_milli(row['force_error']):>16}{_milli(row['random_force_error']):>9}{_milli(row['energy_rmse']):>13}   "
-            f"{_plain(row['force_auroc']):>9}{_plain(row['force_rank']):>8}{_plain(row['energy_rank']):>8}{_plain(row['energy_scale']):>7}"
+            f"{row['labels']:>7}{milli(row['selected']):>9}{milli(row['remaining']):>10}{milli(row['disagreement']):>8}"
+            f"{milli(row['force_error']):>16}{milli(row['random_force_error']):>9}{milli(row['energy_rmse']):>13}   "
+            f"{plain(row['force_auroc']):>9}{plain(row['force_rank']):>8}{plain(row['energy_rank']):>8}{plain(row['energy_scale']):>7}"
         )
     if summary["stopped"]:
         lines += ["", f"stopped     {summary['stopped']}"]
@@ -180,27 +178,8 @@ def _learning(panel: figures.Axes, found: Selection) -> None:
 
 
 def _reliable(panel: figures.Axes, found: Selection) -> None:
-    """Error of every test frame against the disagreement on it, after the last update; root mean squares of equally filled bins."""
+    """Of every test frame, after the last update."""
     if found.chosen.tests:
         test = found.chosen.tests[-1]
-        error, spread = 1e3 * np.array(test["frame_force_error"]), 1e3 * np.array(test["frame_disagreement"])
-        panel.plot(spread, error, ".", color=figures.BLUE, alpha=0.45, markersize=5, label="test frame")
-        if spread.min() > 0:
-            rows = scores.reliability(error, spread, min(BINS, len(error)))
-            panel.plot(
-                rows[:, 0], rows[:, 1], "D-", color="black", markersize=4.5, linewidth=1, label="rms of equally filled bins"
-            )
-        judged = reliability(test, found)
-        known = [
-            f"{name} {x:.2f}" for name, x in (("AUROC", judged["force_auroc"]), ("rank", judged["force_rank"])) if x is not None
-        ]
-        panel.annotate(", ".join(known), (0.03, 0.97), xycoords="axes fraction", va="top", fontsize=9)
-    figures.style(panel, "force disagreement / meV/Å", "force error / meV/Å", "Reliability of the spread", log="xy")
-
-
-def _milli(value: float | None) -> str:
-    return "-" if value is None else f"{1e3 * value:.1f}"
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+        error, spread = (1e3 * np.array(test[name]) for name in ("frame_force_error", "frame_disagreement"))
+        reliability_panel(panel, error, spread, reliability(test, found), "test frame")

@@ -33,7 +33,6 @@ members = {members}
 steps_per_update = {steps}
 [accuracy]
 energy = "1 kcal/mol"
-forces = "0.1 eV/A"
 [pool]
 file = "{file}"
 energy_key = "REF_energy"
@@ -103,7 +102,8 @@ def table(found: dict[str, list[Path]]) -> str:
         spread = errors.std(axis=0, ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else np.zeros(len(labels))
         cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(errors.mean(axis=0), spread, strict=True)]
         judged = [selection_summary(run)["rounds"][-1] for run in found.get(name, [])]
-        told = [f"{np.mean([row[key] for row in judged]):.2f}" if judged else "" for key in ("force_auroc", "force_rank")]
+        each = [[row[key] for row in judged if row[key] is not None] for key in ("force_auroc", "force_rank")]
+        told = [f"{np.mean(values):.2f}" if values else "" for values in each]
         lines.append(f"| {name} | " + " | ".join([*cells, *told]) + " |")
     lines.append("| published | " + " | ".join(str(PUBLISHED.get(n, "")) for n in labels) + " | | |")
     return "\n".join(lines)

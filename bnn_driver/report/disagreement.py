@@ -1,0 +1,41 @@
+"""What selections and explorations both tell: how well disagreement ranks errors, and numbers that may be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bnn_driver.bayes import scores
+from bnn_driver.records import Array
+from bnn_driver.report import figures
+
+BINS = 8
+"""Of the reliability, at most."""
+
+
+def reliability_panel(panel: figures.Axes, error: Array, spread: Array, judged: Mapping[str, float | None], label: str) -> None:
+    """Error of frames against the disagreement on them; root mean squares of equally filled bins.
+
+    Args: error, spread: (N,) meV/Å.   judged: has force_auroc and force_rank.   label: what a point is.
+    """
+    if len(error):
+        panel.plot(spread, error, ".", color=figures.BLUE, alpha=0.5, markersize=5.5, label=label)
+        if spread.min() > 0 and len(error) >= 2:
+            rows = scores.reliability(error, spread, min(BINS, len(error)))
+            panel.plot(
+                rows[:, 0], rows[:, 1], "D-", color="black", markersize=4.5, linewidth=1, label="rms of equally filled bins"
+            )
+        known = [
+            f"{name} {x:.2f}" for name, x in (("AUROC", judged["force_auroc"]), ("rank", judged["force_rank"])) if x is not None
+        ]
+        panel.annotate(", ".join(known), (0.03, 0.97), xycoords="axes fraction", va="top", fontsize=9)
+    figures.style(panel, "force disagreement / meV/Å", "force error / meV/Å", "Reliability of the spread", log="xy")
+
+
+def milli(value: float | None) -> str:
+    """eV as meV, a digit after the point."""
+    return "-" if value is None else f"{1e3 * value:.1f}"
+
+
+def plain(value: float | None) -> str:
+    """Two digits after the point."""
+    return "-" if value is None else f"{value:.2f}"
