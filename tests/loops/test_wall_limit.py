@@ -102,8 +102,11 @@ def test_a_limit_in_the_middle_stops_cleanly_and_the_same_command_goes_on(tmp_pa
 
 def test_a_label_that_cannot_finish_is_not_begun(tmp_path: Path, until: Callable[[float], str]) -> None:
     config = with_margin(write_run(tmp_path, steps=40, delay="4 s"))
-    stopped = program("run", "--until", until(20), config)
-    assert stopped.returncode == 75, stopped.stderr
+    for _ in range(3):  # a limit may also be met while the chains learn, the more so on a busy machine
+        stopped = program("run", "--until", until(20), config)
+        assert stopped.returncode == 75, stopped.stderr
+        if "cannot finish" in stopped.stderr:
+            break
     assert "cannot finish" in stopped.stderr
     assert stops(config)[-1]["time"] < end_of(config) - 1.1, "the time in which no label could finish was given back"
     pending = list((tmp_path / "run" / "oracle" / "pending").glob("*.json"))
