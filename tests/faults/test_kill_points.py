@@ -139,6 +139,7 @@ class OutlivedDriver:
         """The label is waited for and used, though i-PI, by its default format of numbers, asks for the frame with other ones."""
         place = Place(folder, executor="parsl", heartbeat=LIMIT / 4, digits=False)
         place.edit("probability = 0.25", "probability = 0.0")  # an audit's label would not be asked for again
+        place.edit('timeout = "20 s"', f'timeout = "{LIMIT:g} s"')  # however long the next start takes on a busy machine
         go = folder / "go"
         fault = Fault(
             "kill driver: a label being computed (Parsl)", "worker", **COMPUTED, call=3, victim="bnn_driver.cli", until=str(go)
