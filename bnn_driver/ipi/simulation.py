@@ -148,9 +148,7 @@ class IpiProcess:
         for newer, older in reversed(list(itertools.pairwise(files))):
             if newer.exists():
                 newer.replace(older)
-        copy = files[0].with_name(files[0].name + ".part")
-        shutil.copyfile(self.folder / KEPT, copy)
-        copy.replace(files[0])
+        _put(files[0], (self.folder / KEPT).read_text())
 
     def rewind(self, below: int, seed: int) -> int | None:
         """Have the next start begin at the furthest checkpoint before a step, with other random numbers; i-PI must have ended.
@@ -167,9 +165,7 @@ class IpiProcess:
         if target is None:
             return None
         step = files[target]
-        partial = (self.folder / KEPT).with_name(KEPT + ".part")
-        partial.write_text(reseeded(target.read_text(), seed))
-        partial.replace(self.folder / KEPT)
+        _put(self.folder / KEPT, reseeded(target.read_text(), seed))
         for file, reached in files.items():
             if reached >= step and file.name not in (KEPT, begun.name):
                 file.unlink()
@@ -210,9 +206,7 @@ class IpiProcess:
             log.info("i-PI goes on from %s at step %s", restart.name, _restart_number(restart, "step"))
         if target.exists() and target.samefile(self.xml):
             return target
-        partial = target.with_name(target.name + ".part")
-        partial.write_text(text)
-        partial.replace(target)
+        _put(target, text)
         return target
 
     def _furthest_restart(self) -> Path | None:
@@ -356,6 +350,13 @@ def _restart_number(file: Path, tag: str) -> int | None:
         return 0 if text is None else int(text)
     except (OSError, ET.ParseError, ValueError):
         return None
+
+
+def _put(file: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
+    partial = file.with_name(file.name + ".part")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def _end(process: psutil.Process, terminate_seconds: float) -> bool:

@@ -197,7 +197,7 @@ class Session:
         """The step at which i-PI really starts: an i-PI that a killed driver left may have gone further than it seemed."""
         self.driver.begin_at(step)
         self.progress.first_step = step
-        self._at_first = self._reached()
+        self._at_first = max(self._at_first, self._reached())  # going back is no progress
 
     def finish(self, reason: str, *, wait_for_audits: bool = False) -> None:
         """Take the audits that have come, or all that are in flight, and close the books."""

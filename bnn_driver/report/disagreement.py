@@ -15,7 +15,7 @@ BINS = 8
 def reliability_panel(panel: figures.Axes, error: Array, spread: Array, judged: Mapping[str, float | None], label: str) -> None:
     """Error of frames against the disagreement on them; root mean squares of equally filled bins.
 
-    Args: error, spread: (N,) meV/Å.   judged: has force_auroc and force_rank.   label: what a point is.
+    Args: error, spread: (N,) meV/Å.   judged: has force_auroc and force_rank where there are frames.   label: what a point is.
     """
     if len(error):
         panel.plot(spread, error, ".", color=figures.BLUE, alpha=0.5, markersize=5.5, label=label)

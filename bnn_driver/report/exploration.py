@@ -274,4 +274,4 @@ def _errors(panel: figures.Axes, found: Explored) -> None:
 def _reliable(panel: figures.Axes, found: Explored) -> None:
     """Of every labelled frame."""
     error, spread = 1e3 * found.judged("force_error"), 1e3 * found.judged("disagreement")
-    reliability_panel(panel, error, spread, reliability(found), "labelled frame")
+    reliability_panel(panel, error, spread, reliability(found) if len(error) else {}, "labelled frame")

@@ -179,7 +179,6 @@ def _learning(panel: figures.Axes, found: Selection) -> None:
 
 def _reliable(panel: figures.Axes, found: Selection) -> None:
     """Of every test frame, after the last update."""
-    if found.chosen.tests:
-        test = found.chosen.tests[-1]
-        error, spread = (1e3 * np.array(test[name]) for name in ("frame_force_error", "frame_disagreement"))
-        reliability_panel(panel, error, spread, reliability(test, found), "test frame")
+    test = found.chosen.tests[-1] if found.chosen.tests else {}
+    error, spread = (1e3 * np.array(test.get(name, ())) for name in ("frame_force_error", "frame_disagreement"))
+    reliability_panel(panel, error, spread, reliability(test, found) if test else {}, "test frame")
