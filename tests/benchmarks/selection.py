@@ -52,7 +52,7 @@ WAYS = {
     "plain": ("diversity = false", ""),
     "predictive": ('rank = "predictive"', ""),
     "atom": ('rank = "atom"', ""),
-    "scratch": ("", 'kind = "scratch"'),
+    "scratch": ("", 'kind = "scratch"\nmace = { batch_size = 10 }'),
 }
 """Lines of [pool] and of [committee]; "plain": the most uncertain without diversity."""
 PUBLISHED = {20: 107, 40: 59, 60: 45, 100: 32}
@@ -68,14 +68,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400, help="of the chains per round")
-    parser.add_argument("--scratch-steps", type=int, default=4000, help="of every model from scratch per round")
+    parser.add_argument("--scratch-steps", type=int, default=800, help="of every model from scratch per round")
     parser.add_argument("--rounds", type=int, default=8)
     given = parser.parse_args()
     found: dict[str, list[Path]] = {}
     for way in given.ways:
         for seed in given.seeds:
             pool, committee = WAYS[way]
-            folder = given.cache / f"{way}_{seed}_{given.members}_{given.steps}_{given.scratch_steps}"
+            folder = given.cache / f"{way}_{seed}_{given.members}_{given.scratch_steps if way == 'scratch' else given.steps}"
             folder.mkdir(parents=True, exist_ok=True)
             file = (given.data / "zundel_eigen_qbc" / "zundel_1000_rpbe-d3_aims.extxyz").absolute()
             text = CONFIG.format(
