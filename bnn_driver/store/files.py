@@ -80,6 +80,11 @@ def read_json(path: Path) -> Any:
         raise EnvironmentProblem(f"{path} cannot be read as JSON: {error}; restore it from a copy or move it away.") from error
 
 
+def write_json(path: Path, facts: Any) -> None:
+    """What `plain` makes of `facts`, written as `write_atomic` does."""
+    write_atomic(path, json.dumps(plain(facts)).encode())
+
+
 def plain(value: Any) -> Any:
     """The same value out of dict, list, str, float, int, bool and None only, as JSON needs it; arrays become lists.
 

@@ -22,6 +22,9 @@ from bnn_driver.store.xyz import RawFrame, block_at, blocks, parse
 
 GAP = 10.0
 """eV per atom: no two frames of one composition that anybody would learn together have energies so far apart with nothing between."""
+GROUP_GAP, GROUP = 0.5, 5
+"""eV per atom, and frames: nor have two groups of at least so many, each within less than half the gap.  Isomers are nearer to each
+other; the same frames with another functional or basis set are not."""
 SAME = 1e-3
 """eV, and eV/Å for forces: labels of the same structure that differ by more are of different levels of theory."""
 _LEVEL = "fingerprint"
@@ -204,7 +207,7 @@ class Pool:
             members = np.flatnonzero(counts.ravel() == number)
             order = members[np.argsort(self.energy[members])]
             gaps = np.diff(self.energy[order])
-            if gaps.size and gaps.max() > GAP * row.sum():
+            if gaps.size and _is_of_two_levels(self.energy[order], gaps, int(row.sum())):
                 low, high = order[int(gaps.argmax())], order[int(gaps.argmax()) + 1]
                 raise ConfigError(
                     f"the energies of one composition lie {gaps.max():.4g} eV apart with none between: {self.energy[low]:.6g} eV in "
@@ -212,6 +215,14 @@ class Pool:
                     "codes) do not mix; keep one of them in the pool. If they are of one level, let "
                     f"[{self.keys.section}] level_key name what says so"
                 )
+
+
+def _is_of_two_levels(energy: Array, gaps: Array, atoms: int) -> bool:
+    """Args: energy: (N,) eV, rising, of one composition.   gaps: (N - 1,) eV between them."""
+    widest = int(gaps.argmax())
+    below, above = energy[: widest + 1], energy[widest + 1 :]
+    groups = min(len(below), len(above)) >= GROUP and gaps[widest] > 2 * max(np.ptp(below), np.ptp(above))
+    return bool(gaps[widest] > GAP * atoms or (groups and gaps[widest] > GROUP_GAP * atoms))
 
 
 @dataclass
@@ -222,16 +233,15 @@ class _Check:
     seen: dict[bytes, tuple[float, float, str]] = field(default_factory=dict)
 
     def level(self, raw: RawFrame, keys: Keys) -> None:
-        """All frames must say the same level of theory, where they say one."""
+        """All frames must say the same level of theory, or none may say one."""
         name = keys.level or _LEVEL
         if keys.level and name not in raw.info:
             raise ConfigError(
                 f"{raw.where}: there is no {name!r} ([{keys.section}] level_key); found are {', '.join(sorted(raw.info)) or 'none'}"
             )
-        if name in raw.info:
-            self.levels.setdefault(str(raw.info[name]), raw.where)
+        self.levels.setdefault(str(raw.info.get(name, "")), raw.where)
         if len(self.levels) > 1:
-            found = "; ".join(f"{value[:40]} in {where}" for value, where in self.levels.items())
+            found = "; ".join(f"{value[:40] or 'nothing said'} in {where}" for value, where in self.levels.items())
             raise ConfigError(f"the pool mixes levels of theory ({name}): {found}. Keep one of them in the pool")
 
     def twins(self, item: _Labels, where: str) -> None:
@@ -284,7 +294,7 @@ def _integer(raw: RawFrame, key: str, name: str, default: int, section: str) -> 
     if key and key not in raw.info:
         raise ConfigError(f"{raw.where}: there is no {key!r} ([{section}] {name}_key); found are {_listed(sorted(raw.info))}")
     value = raw.info.get(used, default)
-    if not isinstance(value, (int, float, np.number)) or float(value) != int(value):
+    if not isinstance(value, (int, float, np.number)) or not float(value).is_integer():
         raise ConfigError(f"{raw.where}: {used} is {value!s}, expected an integer")
     if not key and int(value) != default:
         raise ConfigError(

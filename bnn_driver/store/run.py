@@ -268,6 +268,11 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
         yield from segment
 
 
+def announced_labels(folder: Path) -> set[str]:
+    """Frame ids of the labels that have their event."""
+    return {event["frame_id"] for event in read_events(folder) if event["kind"] == "label"}
+
+
 def read_segments(folder: Path) -> Iterator[Iterator[dict[str, Any]]]:
     """The same events, one iterator per start."""
     for _, path in _segments(folder):

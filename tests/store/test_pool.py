@@ -136,6 +136,29 @@ def test_levels_of_theory_that_name_themselves_do_not_mix(tmp_path: Path) -> Non
         Pool((file,), Keys("REF_energy", "REF_forces", level="theory"))
 
 
+def test_a_pool_of_which_a_part_names_its_level_is_refused(tmp_path: Path) -> None:
+    frames = [labelled("OH2", -10.0), *waters()]
+    frames[0].info["fingerprint"] = "abc"
+    with pytest.raises(ConfigError, match=r"abc in .*frame 0.*nothing said in .*frame 1"):
+        Pool((written(tmp_path, frames),), KEYS)
+    assert Pool((written(tmp_path, waters()),), KEYS).level == ""
+
+
+@pytest.mark.parametrize(("shift", "two"), [(0.3, False), (0.8, True)])
+def test_two_groups_of_energies_are_seen_nearer_to_each_other_than_one_frame(tmp_path: Path, shift: float, two: bool) -> None:
+    """PBE and B3LYP differ by 0.8 eV per atom for water; one frame that is 2 eV per atom higher is a frame that is squeezed."""
+    rng = np.random.default_rng(0)
+    frames = [labelled("OH2", -2080.0 + x) for x in [*rng.normal(0, 0.1, 8), *rng.normal(3 * shift, 0.1, 8)]]
+    for i, atoms in enumerate(frames):
+        atoms.positions[0, 0] += 0.01 * i
+    Pool((written(tmp_path, [*frames[:8], labelled("OH2", -2074.0)]),), KEYS)
+    if two:
+        with pytest.raises(ConfigError, match="do not mix"):
+            Pool((written(tmp_path, frames),), KEYS)
+    else:
+        Pool((written(tmp_path, frames),), KEYS)
+
+
 def test_one_structure_with_two_labels_is_two_levels_of_theory(tmp_path: Path) -> None:
     frames = waters()
     again = frames[1].copy()
