@@ -108,7 +108,7 @@ class SelectConfig(Config):
 
     @model_validator(mode="after")
     def _only_what_counts(self) -> SelectConfig:
-        for name in ("ipi", "oracle", "audit"):
+        for name in ("ipi", "oracle", "executor", "sanity", "audit"):
             if name in self.model_fields_set:
                 raise ValueError(f"[{name}] has no meaning for `select`: the labels of the pool are there already; remove it")
         return self

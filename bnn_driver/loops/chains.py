@@ -29,6 +29,15 @@ log = logging.getLogger(__name__)
 Note = Callable[..., None]
 
 
+def of_baseline(note: Note, number: int) -> Note:
+    """Events of a baseline, told from those of the run by their kind."""
+
+    def write(kind: str, **facts: Any) -> None:
+        note(f"baseline {kind}", baseline=number, **facts)
+
+    return write
+
+
 @dataclass
 class Chains:
     """Samples around a foundation potential, moved on from round to round."""
@@ -59,6 +68,10 @@ class Chains:
             weights.publish(self.folder, generation)
             weights.prune(self.folder, self.config.output.keep_generations)
         self._use(generation)
+
+    def newest(self) -> int:
+        """Number of the last generation that was learnt, by this process or one before; 0 without any."""
+        return weights.latest(self.folder) or 0
 
     def predict(self, frames: Frames) -> Prediction:
         """What the members of the generation in use say."""

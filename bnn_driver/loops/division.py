@@ -80,6 +80,7 @@ def divide(pool: Pool, config: SelectConfig) -> Division:
     held = gallery_of(pool, test, p.duplicates)
     rest = np.setdiff1d(rest, test)
     start = given if len(given) else _drawn(pool, rest, wanted[1], held, seed)
+    _check_start(pool, start, config)
     for index in given:
         if held.has(pool.one(int(index)).frames):
             raise ConfigError(
@@ -146,6 +147,26 @@ def _spanning_first(pool: Pool, rest: Array, order: Array, held: Gallery) -> Arr
         if np.linalg.matrix_rank(atoms[[*needed, own[0]]]) > len(needed):
             needed += next(([row] for row in own if not held.has(pool.one(int(rest[row])).frames)), [])
     return np.array([*needed, *(row for row in order.tolist() if row not in needed)])
+
+
+def _check_start(pool: Pool, start: Array, config: SelectConfig) -> None:
+    """Raises: ConfigError for start frames that are the same structure, too few for models from scratch, or beyond the budget."""
+    first: dict[str, int] = {}
+    for index in start.tolist():
+        before = first.setdefault(pool.one(index).frames.content_id(""), index)
+        if before != index:
+            raise ConfigError(
+                f"{pool.where(index)} and {pool.where(before)} are start frames of the same structure; leave one out"
+            )
+    if config.committee.kind == "scratch" and len(start) < 2:
+        raise ConfigError(
+            "models from scratch need at least 2 labels, one of which each holds back to judge itself; raise [pool] start"
+        )
+    budget = config.pool.max_labels
+    if budget is not None and len(start) > budget:
+        raise ConfigError(
+            f"[pool] max_labels = {budget}, but there are {len(start)} start frames; raise max_labels or lower start"
+        )
 
 
 def _check_constants(pool: Pool, start: Array) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from bnn_driver.config import Config
 from bnn_driver.errors import ConfigError, EnvironmentProblem
 from bnn_driver.explore_config import read_any_config
 from bnn_driver.loops.assembly import load_model
@@ -46,7 +49,8 @@ def export_run(run_path: Path, target: str, folder: Path) -> str:
     """Write the newest generation to `folder` and say what was written.
 
     Args: target: "mace" (model files), "committee" (and an i-PI committee), "ase" (and a calculator).
-    Raises: ConfigError for another target, or a run of the toy potential; EnvironmentProblem when the model file has changed.
+    Raises: ConfigError for another target, or a run of the toy potential; EnvironmentProblem when the model file has changed, or no
+        generation of models from scratch is whole.
     """
     if target not in TARGETS:
         raise ConfigError(f"--to {target}: expected one of {', '.join(TARGETS)}")
@@ -54,7 +58,32 @@ def export_run(run_path: Path, target: str, folder: Path) -> str:
     facts = read_json(run.settings_file)
     config = read_any_config(run.path / "bnn.toml")
     if isinstance(config, SelectConfig) and config.committee.kind == "scratch":
-        raise ConfigError(f"the members of this selection are model files already: {run.generations_dir}/*/member_*.model")
+        number, files = _copied(run.generations_dir, config.ensemble.members, folder)
+    else:
+        number, files = _written(run, config, facts, folder)
+    LabelStore(run.labels_dir).export_extxyz(folder / "labels.extxyz")
+    written = [*(f.name for f in files), "labels.extxyz"]
+    if target == "committee":
+        written.append(_write_committee(folder, [f.name for f in files]))
+    if target == "ase":
+        text = ASE.format(members=len(files), generation=number)
+        (folder / "committee.py").write_text(text)
+        written.append("committee.py")
+    return f"generation {number} in {folder}: {', '.join(written)}"
+
+
+def _copied(generations: Path, members: int, folder: Path) -> tuple[int, list[Path]]:
+    """Models that mace trained from scratch, of the newest whole generation."""
+    for place in sorted(generations.glob("[0-9]*"), reverse=True):
+        found = sorted(place.glob("member_*.model"))
+        if len(found) == members:
+            folder.mkdir(parents=True, exist_ok=True)
+            return int(place.name), [Path(shutil.copyfile(file, folder / file.name)) for file in found]
+    raise EnvironmentProblem(f"no generation in {generations} has all its {members} models yet; let `select` go on first")
+
+
+def _written(run: RunDirectory, config: Config, facts: dict[str, Any], folder: Path) -> tuple[int, list[Path]]:
+    """Samples of the newest generation as model files.  Raises: as `export_run`."""
     base = Path(facts["effective"]["base"])
     known = facts["physics"]
     model = load_model(config, base, np.array(known.get("elements", known["numbers"])), "cpu")
@@ -68,16 +97,7 @@ def export_run(run_path: Path, target: str, folder: Path) -> str:
     generation = weights.load(run.generations_dir, 0 if number is None else number)
     folder.mkdir(parents=True, exist_ok=True)
     stacked = {k: torch.as_tensor(v) for k, v in generation.weights.items() if not k.startswith(("noise.", "distance."))}
-    files = export_mace(model.potential, stacked, folder)
-    LabelStore(run.labels_dir).export_extxyz(folder / "labels.extxyz")
-    written = [*(f.name for f in files), "labels.extxyz"]
-    if target == "committee":
-        written.append(_write_committee(folder, [f.name for f in files]))
-    if target == "ase":
-        text = ASE.format(members=len(files), generation=generation.number)
-        (folder / "committee.py").write_text(text)
-        written.append("committee.py")
-    return f"generation {generation.number} in {folder}: {', '.join(written)}"
+    return generation.number, export_mace(model.potential, stacked, folder)
 
 
 def _write_committee(folder: Path, names: list[str]) -> str:

@@ -13,10 +13,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from bnn_driver.active.stopping import Plateau, Stop
 from bnn_driver.loops.assembly import TOY, effective_settings, load_model, settle
-from bnn_driver.loops.chains import Chains, Note
+from bnn_driver.loops.chains import Chains, Note, of_baseline
 from bnn_driver.loops.division import Division, check_elements, divide, gallery_of, open_pool
 from bnn_driver.loops.known import pooled_label
 from bnn_driver.loops.scratch import FromScratch
@@ -34,9 +35,9 @@ from bnn_driver.pool_config import SelectConfig, read_select_config
 from bnn_driver.potential.mace import load_mace
 from bnn_driver.records import Array, LabelledFrame
 from bnn_driver.store.dataset import LabelStore
-from bnn_driver.store.files import plain, read_json, write_atomic
+from bnn_driver.store.files import read_json, write_atomic, write_json
 from bnn_driver.store.pool import Pool
-from bnn_driver.store.run import EventLog, RunDirectory, read_events
+from bnn_driver.store.run import EventLog, RunDirectory, announced_labels
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def select(config_file: Path) -> Path:
     division = divide(pool, config)
     run = RunDirectory(base / config.run.directory)
     with run.lock("driver"), ExitStack() as stack:
-        known = {e["frame_id"] for e in read_events(run.events_dir) if e["kind"] == "label"}
+        known = announced_labels(run.events_dir)
         events = stack.enter_context(EventLog(run.events_dir))
         run.fix_settings(effective_settings(config, base), _physics(config, pool, checksum), events)
         write_atomic(run.path / "bnn.toml", config_file.read_bytes())
@@ -67,7 +68,7 @@ def select(config_file: Path) -> Path:
         sizes = [len(record["chosen"]) for record in selection.records()]
         for number in range(config.pool.baseline):
             folder = run.path / BASELINE / str(number)
-            note = partial(_note_baseline, events.append, number)
+            note = of_baseline(events.append, number)
             arm = Rounds(config, pool, division, make(folder / "generations", note), folder, note)
             arm.draw(sizes, number)
         events.append("stop", reason=reason)
@@ -76,10 +77,6 @@ def select(config_file: Path) -> Path:
 
 def _tell(line: str) -> None:
     sys.stderr.write(f"{line}\n")
-
-
-def _note_baseline(note: Note, number: int, kind: str, **facts: Any) -> None:
-    note(f"baseline {kind}", baseline=number, **facts)
 
 
 def check_selection(config_file: Path) -> str:
@@ -139,15 +136,25 @@ class Rounds:
         """Take as many frames as another way of choosing did, by lot.  Args: sizes: of all rounds, the start first."""
         self._begin()
         division, seed = self.division, self.config.run.seed
-        held = gallery_of(self.pool, division.test, self.config.pool.duplicates)
         order = generator(seed, "baseline", number).permutation(division.candidates)
-        allowed = [i for i in order[: 4 * sum(sizes)].tolist() if not held.has(self.pool.one(i).frames)]
+        allowed = list(islice(self._allowed(order.tolist()), sum(sizes[1:])))
         for done in range(len(self.records()), len(sizes)):
             begin = sum(sizes[1:done])
             self._write(done, {"chosen": allowed[begin : begin + sizes[done]], "generation": done})
         for count in range(1, len(sizes) + 1):
             if not self._test_file(count).exists():
                 self._learn_and_test(self.records()[:count])
+
+    def _allowed(self, order: Sequence[int]) -> Iterator[int]:
+        """Frames that are not nearly test frames, each structure once."""
+        held = gallery_of(self.pool, self.division.test, self.config.pool.duplicates)
+        seen = {self.pool.one(int(i)).frames.content_id("") for i in self.division.start}
+        for i in order:
+            frame = self.pool.one(i).frames
+            name = frame.content_id("")
+            if name not in seen and not held.has(frame):
+                seen.add(name)
+                yield i
 
     def _begin(self) -> None:
         """The record of the start frames, with the constants between their energies and those of the model."""
@@ -175,7 +182,7 @@ class Rounds:
         file = self._test_file(len(records))
         if not file.exists():
             facts = self._tested(sum(len(some) for some in rounds), len(records))
-            write_atomic(file, json.dumps(plain(facts)).encode())
+            write_json(file, facts)
             told = {key: value for key, value in facts.items() if not isinstance(value, np.ndarray)}
             self.note("test", **told)
             self.tell(f"{facts['labels']} labels learnt: force error {1e3 * facts['force_error']:.1f} meV/Å on the test frames")
@@ -264,7 +271,7 @@ class Rounds:
         return pooled_label(self.pool, index, self.fingerprint, criterion, facts)
 
     def _write(self, number: int, facts: dict[str, Any]) -> None:
-        write_atomic(self.folder / f"round_{number:03d}.json", json.dumps(plain({"round": number, **facts})).encode())
+        write_json(self.folder / f"round_{number:03d}.json", {"round": number, **facts})
 
 
 def _committee(config: SelectConfig, base: Path, pool: Pool, folder: Path, note: Note) -> Committee:

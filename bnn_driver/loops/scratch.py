@@ -25,7 +25,7 @@ from bnn_driver.pool_config import CommitteeSettings
 from bnn_driver.potential.contract import Potential
 from bnn_driver.potential.ensemble import Ensemble
 from bnn_driver.potential.factory import make_potential
-from bnn_driver.potential.mace import load_mace
+from bnn_driver.potential.mace import load_mace, trainer_arguments
 from bnn_driver.potential.params import repeat_weights
 from bnn_driver.records import Array, Frames, LabelledFrame, Prediction
 from bnn_driver.store.labelfile import encode
@@ -82,6 +82,10 @@ class FromScratch:
             raise ConfigError(
                 f"[committee] mace: {', '.join(ours)} cannot be given: the program sets it from the rest of the config"
             )
+        try:
+            trainer_arguments(SMALL | self.committee.mace)
+        except ConfigError as error:
+            raise ConfigError(f"[committee] mace: {error}") from None
 
     def learn(self, rounds: Sequence[Sequence[LabelledFrame]]) -> None:
         """Make sure that the models of these rounds are there, and use them; finished models of a killed run are kept.
@@ -194,4 +198,4 @@ class FromScratch:
             "work_dir": ".", "model_dir": "models", "plot": False,
             "device": self.config.trainer.device, "default_dtype": self.config.potential.dtype,
         }  # fmt: skip
-        return [f"--{key}={value}" for key, value in options.items()]
+        return trainer_arguments(options)

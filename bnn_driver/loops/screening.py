@@ -147,11 +147,16 @@ def choose(
     atoms = source.atoms()[found.index].sum(axis=1)
     scores = found.ranking(settings.rank, atoms)
     wanted = round(settings.shortlist * k)
-    rows, duplicates = different(source, found.index, qbc.most_uncertain(scores, len(scores)), wanted, taken)
+    rows, passed = different(source, found.index, qbc.most_uncertain(scores, len(scores)), wanted, taken)
     if settings.diversity and len(rows) > k:
         place = descriptors(committee, source, found.index[rows])
         rows = rows[qbc.most_diverse(scores[rows], place, len(rows), len(rows), labelled())]
-    return Choice(rows[:k], rows[k:], duplicates)
+    mine = Gallery(taken.tolerance)
+    for row in rows[:k]:
+        mine.add(source.one(int(found.index[row])).frames)
+    # one that is nearly a frame of the shortlist that is not taken now may be taken later
+    near = [row for row in passed if any(some.has(source.one(int(found.index[row])).frames) for some in (taken, mine))]
+    return Choice(rows[:k], rows[k:], np.array(near, dtype=np.int64))
 
 
 def different(source: Candidates, index: Array, order: Array, wanted: int, taken: Gallery) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ import io
 import logging
 import pickle
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnn_driver.errors import ModelError
+from bnn_driver.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,36 @@ def _import_quietly() -> None:
         warnings.simplefilter("ignore", FutureWarning)
         for name in ("mace", "mace.modules"):
             importlib.import_module(name)
+
+
+def trainer_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options of mace_run_train as its command line has them: true or false for a flag, values behind all others.
+
+    Raises: ConfigError with the words of mace's parser for options that it does not take.
+    """
+    found = []
+    for key, value in options.items():
+        if isinstance(value, bool) and not _refused([f"--{key}"]):
+            found += [f"--{key}"] if value else []
+        else:
+            found.append(f"--{key}={value}")
+    if reason := _refused(found):
+        raise ConfigError(f"mace's trainer does not take these options: {reason}; `mace_run_train --help` lists what it takes")
+    return found
+
+
+def _refused(arguments: Sequence[str]) -> str:
+    """What mace's parser says against these arguments; empty when it takes them."""
+    _import_quietly()
+    from mace.tools import build_default_arg_parser
+
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            build_default_arg_parser().parse_args(["--name=member", *arguments])
+    except SystemExit:
+        return told.getvalue().strip().splitlines()[-1].partition("error: ")[2] or told.getvalue()
+    return ""
 
 
 def _locate(name: str, cache: Path | None) -> Path:

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bnn_driver.bayes import scores
 from bnn_driver.bayes.calibration import GammaCalibration
-from bnn_driver.errors import BnnError
 from bnn_driver.records import Array
 from bnn_driver.report import figures
-from bnn_driver.report.disagreement import milli, plain, reliability_panel
+from bnn_driver.report.disagreement import judged_spread, last_stop, milli, plain, reliability_panel
 from bnn_driver.store.files import read_json
 from bnn_driver.store.run import RunDirectory, read_events
 
@@ -30,6 +28,14 @@ class Round:
     """As in labelled_*.json, likewise."""
     walkers: list[dict[str, Any]]
     """How each ended."""
+    by_lot: list[dict[str, Any]]
+    """As in baseline/*/tested_*.json, of every baseline that has come to this round."""
+
+    @property
+    def lot_error(self) -> float | None:
+        """eV/Å, at the audits, of weights that learnt as many frames by lot: mean over the baselines."""
+        errors = [test["audit_error"] for test in self.by_lot if test["audit_error"] is not None]
+        return float(np.mean(errors)) if errors else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +81,14 @@ def read_exploration(run_path: Path) -> Explored:
         number = file.stem.removeprefix("screened_")
         chosen, labelled = (_or_nothing(folder / f"{name}_{number}.json") for name in ("chosen", "labelled"))
         walkers = [read_json(path) for path in sorted((folder / f"round_{number}").glob("*.json"))]
-        rounds.append(Round(read_json(file), chosen, labelled, walkers))
+        tests = [read_json(path) for path in sorted(folder.glob(f"baseline/*/tested_{number}.json"))]
+        rounds.append(Round(read_json(file), chosen, labelled, walkers, tests))
     events = list(read_events(run.events_dir))
     updates = {event["generation"]: float(event["seconds"]) for event in events if event["kind"] == "update"}
-    stops = [event.get("reason") for event in events if event["kind"] == "stop"]
     along = {
         int(path.stem.removeprefix("along_")): np.array(read_json(path)["force"]) for path in sorted(folder.glob("along_*.json"))
     }
-    return Explored(rounds, along, updates, read_json(run.settings_file)["effective"], stops[-1] if stops else None)
+    return Explored(rounds, along, updates, read_json(run.settings_file)["effective"], last_stop(events))
 
 
 def _or_nothing(file: Path) -> dict[str, Any]:
@@ -114,6 +120,8 @@ def exploration_summary(run_path: Path) -> dict[str, Any]:
                 "uncertain": one.screened["uncertain"],
                 "chosen_error": one.labelled.get("chosen_error"),
                 "audit_error": one.labelled.get("audit_error"),
+                "lot_error": one.lot_error,
+                "lot_runs": len(one.by_lot),
                 "foundation_error": one.labelled.get("foundation_error"),
                 "beyond": one.labelled.get("beyond", {}),
                 "beyond_at_most": one.labelled.get("beyond_at_most") if one.labelled.get("audited") else None,
@@ -152,25 +160,9 @@ def _first_weights(found: Explored) -> Array | None:
 
 
 def reliability(found: Explored) -> dict[str, float | None]:
-    """How the spread tells errors, over all labels that were predicted by members with a spread.
-
-    Forces: disagreement against the error of a frame; "large" errors are those above [accuracy] forces, or where there is none above
-    their median.  Energies: predictive sd, calibrated.
-    """
-    names = ("force_auroc", "force_rank", "energy_rank", "energy_scale")
-    error, spread = found.judged("force_error"), found.judged("disagreement")
-    if not len(error):
-        return dict.fromkeys(names)
+    """How the spread tells errors, over all labels that were predicted by members with a spread."""
     energy, sd = found.judged("energy_error"), found.judged("energy_sd") * found.calibration.inflation
-    limit = found.facts["accuracy"].get("forces") or float(np.median(error))
-    try:
-        values = (
-            scores.auroc(error, spread, limit), scores.rank_correlation(error, spread), scores.rank_correlation(energy, sd),
-            scores.rms_ratio(energy, sd),
-        )  # fmt: skip
-    except BnnError:  # members that agree on a frame to the last bit have no spread to be judged
-        return dict.fromkeys(names)
-    return {name: value if np.isfinite(value) else None for name, value in zip(names, values, strict=True)}
+    return judged_spread(found.judged("force_error"), found.judged("disagreement"), energy, sd, found.facts["accuracy"]["energy"])
 
 
 def render_exploration(summary: dict[str, Any]) -> str:
@@ -181,9 +173,9 @@ def render_exploration(summary: dict[str, Any]) -> str:
         f"members     {summary['members']}; frames ranked by {summary['rank']}, {diverse}{known}",
         f"labels      {summary['labels']}",
         "",
-        f"{'':>27}{'disagreement, meV/Å':>37}{'force error before, meV/Å':>32}{'':>11}{'seconds':>27}",
+        f"{'':>27}{'disagreement, meV/Å':>37}{'force error before, meV/Å':>41}{'':>11}{'seconds':>27}",
         f"{'round':>5}{'labels':>7}{'frames':>8}{'chosen':>7}{'fresh':>9}{'chosen':>9}{'remaining':>10}{'known':>9}"
-        f"{'chosen':>11}{'audits':>9}{'foundation':>12}{'beyond':>11}{'dynamics':>11}{'labels':>8}{'learning':>10}",
+        f"{'chosen':>11}{'audits':>9}{'by lot':>9}{'foundation':>12}{'beyond':>11}{'dynamics':>11}{'labels':>8}{'learning':>10}",
     ]
     for row in summary["rounds"]:
         beyond = f"{max(row['beyond'].values())} of {row['audited']}" if row["audited"] else "-"
@@ -191,7 +183,7 @@ def render_exploration(summary: dict[str, Any]) -> str:
         lines.append(
             f"{row['round']:>5}{row['labels_before']:>7}{row['frames']:>8}{row['chosen']:>7}{milli(row['fresh']):>9}"
             f"{milli(row['selected']):>9}{milli(row['remaining']):>10}{milli(row['known']):>9}{milli(row['chosen_error']):>11}"
-            f"{milli(row['audit_error']):>9}{milli(row['foundation_error']):>12}{beyond:>11}{seconds['dynamics']:>11.0f}"
+            f"{milli(row['audit_error']):>9}{milli(row['lot_error']):>9}{milli(row['foundation_error']):>12}{beyond:>11}{seconds['dynamics']:>11.0f}"
             f"{seconds['labels']:>8.0f}{seconds['learning']:>10.0f}"
         )
         for name in row["stopped_walkers"]:
@@ -260,14 +252,16 @@ def _labels_before(found: Explored) -> Array:
 def _errors(panel: figures.Axes, found: Explored) -> None:
     """Error at the frames of a round before they are learnt, against the labels that were."""
     labels = _labels_before(found)
-    for key, colour, marker, name in (
-        ("chosen_error", figures.RED, "o", "chosen"),
-        ("audit_error", figures.ORANGE, "^", "audits"),
-        ("foundation_error", figures.GREY, "x", "foundation model at the audits"),
+    for key, colour, line, name in (
+        ("chosen_error", figures.RED, "o-", "chosen"),
+        ("audit_error", figures.ORANGE, "^-", "audits"),
+        ("lot_error", figures.BLUE, "x--", "audits, learnt by lot"),
+        ("foundation_error", figures.GREY, "x-", "audits, foundation model"),
     ):
-        shown = [(x, 1e3 * one.labelled[key]) for x, one in zip(labels, found.rounds, strict=True) if one.labelled.get(key)]
+        values = [one.lot_error if key == "lot_error" else one.labelled.get(key) for one in found.rounds]
+        shown = [(x, 1e3 * y) for x, y in zip(labels, values, strict=True) if y]
         if shown:
-            panel.plot(*zip(*shown, strict=True), marker=marker, color=colour, label=name, markersize=5)
+            panel.plot(*zip(*shown, strict=True), line, color=colour, label=name, markersize=5)
     figures.style(panel, "labels", "mean force error / meV/Å", "Error before a frame is learnt", log="y")
 
 

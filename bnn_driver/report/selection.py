@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bnn_driver.bayes import scores
 from bnn_driver.bayes.calibration import GammaCalibration
-from bnn_driver.errors import BnnError
 from bnn_driver.records import Array
 from bnn_driver.report import figures
-from bnn_driver.report.disagreement import milli, plain, reliability_panel
+from bnn_driver.report.disagreement import judged_spread, last_stop, milli, plain, reliability_panel
 from bnn_driver.store.files import read_json
 from bnn_driver.store.run import RunDirectory, read_events
 
@@ -64,9 +62,8 @@ def read_selection(run_path: Path) -> Selection:
     calibration = GammaCalibration(prior["a"], prior["b"], prior["forgetting"])
     for record in chosen.rounds[1:]:
         calibration = calibration.observe(record["frame_energy_error"], record["frame_energy_sd"])
-    stops = [event.get("reason") for event in read_events(run.events_dir) if event["kind"] == "stop"]
     arms = [_arm(folder) for folder in sorted((run.path / "baseline").glob("*"))]
-    return Selection(chosen, arms, calibration, settings, stops[-1] if stops else None)
+    return Selection(chosen, arms, calibration, settings, last_stop(read_events(run.events_dir)))
 
 
 def _arm(folder: Path) -> Arm:
@@ -100,26 +97,11 @@ def selection_summary(run_path: Path) -> dict[str, Any]:
 
 
 def reliability(test: dict[str, Any], found: Selection) -> dict[str, float | None]:
-    """How the spread tells errors on the test frames.
-
-    Forces: disagreement against the error of a frame; "large" errors are those above [accuracy] forces, or where there is none above
-    their median.  Energies: calibrated predictive sd.
-    """
-    error, spread = np.array(test["frame_force_error"]), np.array(test["frame_disagreement"])
-    limit = found.facts["accuracy"].get("forces") or float(np.median(error))
-    energy, sd = np.array(test["frame_energy_error"]), np.array(test["frame_energy_sd"]) * found.calibration.inflation
-    accuracy = found.facts["accuracy"]["energy"]
-    try:
-        each = {
-            "force_auroc": scores.auroc(error, spread, limit),
-            "force_rank": scores.rank_correlation(error, spread),
-            "energy_auroc": scores.auroc(energy, sd, accuracy),
-            "energy_rank": scores.rank_correlation(energy, sd),
-            "energy_scale": scores.rms_ratio(energy, sd),
-        }
-    except BnnError:  # members that agree on a frame to the last bit have no spread to be judged
-        return dict.fromkeys(("force_auroc", "force_rank", "energy_auroc", "energy_rank", "energy_scale"))
-    return {name: value if np.isfinite(value) else None for name, value in each.items()}
+    """How the spread tells errors on the test frames."""
+    error, spread, energy, sd = (
+        np.array(test[name]) for name in ("frame_force_error", "frame_disagreement", "frame_energy_error", "frame_energy_sd")
+    )
+    return judged_spread(error, spread, energy, sd * found.calibration.inflation, found.facts["accuracy"]["energy"])
 
 
 def render_selection(summary: dict[str, Any]) -> str:

@@ -169,7 +169,16 @@ def changed(**info: Any) -> Any:
         ("start = 6", "start = 1", "at least 2 start frames"),
         ("start = 6", "start = [3, 3]", "none twice"),
         ("start = 6", 'start = "absent.extxyz"', "absent.extxyz"),
+        ("start = 6", "start = [0, 3, 60]", "start frames of the same structure"),
+        ("rounds = 3", "rounds = 3\nmax_labels = 5", "max_labels = 5, but there are 6 start frames"),
         ("rounds = 3", 'rank = "forces"', "rank"),
+        (
+            "[accuracy]",
+            '[committee]\nkind = "scratch"\nmace = { channels = 16 }\n[accuracy]',
+            "[committee] mace: mace's trainer does not take these options: unrecognized arguments: --channels",
+        ),
+        ("[accuracy]", '[committee]\nkind = "scratch"\nmace = { r_max = "far" }\n[accuracy]', "r_max: invalid float value"),
+        ("[accuracy]", '[executor]\nkind = "parsl"\n[accuracy]', "[executor] has no meaning"),
         ("[accuracy]", '[committee]\nkind = "scratch"\nmace = { seed = 3 }\n[accuracy]', "seed cannot be given"),
         ("[accuracy]", '[oracle]\nkind = "toy"\n[accuracy]', "[oracle] has no meaning"),
         ("[accuracy]", "[system]\nperiodic = true\n[accuracy]", "pbc says otherwise"),
@@ -180,7 +189,7 @@ def test_a_mistake_is_named_before_any_work(tmp_path: Path, old: str, new: str, 
     if old == "duplicates":
         old, new, says = "batch = 4", 'batch = 4\nduplicates = "3 A"', "nearly the same"
     assert old in CONFIG
-    config = write_pool(tmp_path, config=CONFIG.replace(old, new))
+    config = write_pool(tmp_path, [*frames(60), frames(1)[0]], CONFIG.replace(old, new))
     for verb in (check_selection, select):
         with pytest.raises(ConfigError) as refusal:
             verb(config)
@@ -252,6 +261,36 @@ def test_test_and_start_frames_may_be_files(tmp_path: Path) -> None:
     assert chosen
     assert not chosen & set(range(10))
     assert "used up" in events(config, "stop")[-1]["reason"]
+
+
+def test_the_budget_cuts_the_last_batch(tmp_path: Path) -> None:
+    config = write_pool(tmp_path, config=CONFIG.replace("rounds = 3", "max_labels = 12"))
+    select(config)
+    for place in ("selection", "baseline/0"):
+        assert [len(record["chosen"]) for record in records(tmp_path / "run" / place)] == [6, 4, 2]
+    assert "12 labels" in events(config, "stop")[-1]["reason"]
+
+
+def test_a_plateau_ends_it(tmp_path: Path) -> None:
+    text = CONFIG.replace("rounds = 3\nplateau = false", "plateau_rounds = 2\nplateau_fall = 0.9\nplateau_approach = 1e6")
+    config = write_pool(tmp_path, config=text.replace("baseline = 1", "baseline = 0"))
+    select(config)
+    assert "level" in events(config, "stop")[-1]["reason"]
+    assert len(records(tmp_path / "run" / "selection")) < 10, "not because the pool was used up"
+
+
+def test_charges_and_levels_of_the_frames_go_with_their_labels(tmp_path: Path) -> None:
+    pool = frames(60)
+    for i, atoms in enumerate(pool):
+        atoms.info |= {"q": i % 2, "theory": "pbe"}
+    text = CONFIG.replace("rounds = 3", 'rounds = 1\ncharge_key = "q"\nlevel_key = "theory"').replace(
+        "baseline = 1", "baseline = 0"
+    )
+    config = write_pool(tmp_path, pool, text.replace("steps_per_update = 150", "steps_per_update = 40"))
+    select(config)
+    items = LabelStore(tmp_path / "run" / "labels").all()
+    assert [item.frame.charge for item in items] == [item.context["frame"] % 2 for item in items]
+    assert {item.frame.charge for item in items} == {0, 1}
 
 
 @pytest.mark.parametrize("rank", ["energy", "predictive", "atom"])

@@ -94,10 +94,19 @@ def test_models_from_scratch_are_trained_by_mace_and_disagree(tmp_path: Path) ->
     assert all(row["energy_rmse"] < 50 for row in facts["rounds"])
     assert len(list((tmp_path / "run" / "generations").glob("*/member_*.model"))) == 4
     assert not list((tmp_path / "run" / "generations").glob("*/work_*"))
+    exported = program("export", config, "--to", "ase", "-o", tmp_path / "out")
+    assert exported.returncode == 0, exported.stderr
+    newest = tmp_path / "run" / "generations" / "000002"
+    for file in newest.glob("member_*.model"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    assert len(ase.io.read(tmp_path / "out" / "labels.extxyz", ":")) == 10
 
 
 def test_a_training_that_fails_ends_with_the_words_of_mace(tmp_path: Path) -> None:
-    config = write_pool(tmp_path, frames(60), CONFIG + SCRATCH.replace("num_channels", "channels"))
+    config = write_pool(
+        tmp_path, frames(60), CONFIG + SCRATCH.replace("num_channels = 4, max_L = 0", 'hidden_irreps = "nonsense"')
+    )
     done = program("select", config)
     assert done.returncode == 3
-    assert "unrecognized arguments: --channels" in done.stderr
+    assert "ended with status 1 and no model" in done.stderr
+    assert "nonsense" in done.stderr

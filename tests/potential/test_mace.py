@@ -9,8 +9,8 @@ import pytest
 import torch
 from random_models import random_mace
 
-from bnn_driver.errors import ModelError
-from bnn_driver.potential.mace import load_mace
+from bnn_driver.errors import ConfigError, ModelError
+from bnn_driver.potential.mace import load_mace, trainer_arguments
 
 
 def test_a_missing_file_an_unknown_name_and_a_wrong_file_are_refused(tmp_path: Path) -> None:
@@ -56,3 +56,11 @@ def test_a_model_of_2022_is_read(shared_data: Any) -> None:
     loaded = load_mace(path)
     assert 17 in loaded.elements
     assert loaded.cutoff == pytest.approx(4.5)
+
+
+def test_options_of_the_trainer_are_flags_or_have_values() -> None:
+    assert trainer_arguments({"ema": True, "swa": False, "lora": True, "plot": False, "r_max": 5.0}) == [
+        "--ema", "--lora=True", "--plot=False", "--r_max=5.0",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="ema: ignored explicit argument 'yes'"):
+        trainer_arguments({"ema": "yes"})
