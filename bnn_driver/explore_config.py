@@ -61,6 +61,9 @@ class ExploreSettings(LabelKeys, Choosing):
     """Frames labelled in the first round where nothing is known: far from each other, for there is no disagreement yet."""
     audits: int = Field(default=0, ge=0)
     """Random frames of every round that are labelled too, to measure whether the promise of [accuracy] holds."""
+    baseline: int = Field(default=0, ge=0)
+    """At the end, so many times for comparison: as many frames by lot from the same dynamics, learnt with the same effort and tested at
+    the same audits.  Each asks the oracle for about as many labels as were chosen, beside [oracle] max_labels."""
     rounds: int = Field(default=10, ge=1)
     """With labels, at most; one more runs at the end for the figures of the last weights."""
     approach: float = Field(default=1.5, ge=0)
@@ -75,6 +78,21 @@ class ExploreSettings(LabelKeys, Choosing):
         if given and not self.structure:
             raise ValueError(
                 f"{given[0]} belongs to dynamics from `structure`, which is not given; an input of your own says it itself"
+            )
+        if self.structure and self.steps < self.stride:
+            raise ValueError(
+                f"with steps = {self.steps} and stride = {self.stride} no frame but the first would be pooled; lower stride"
+            )
+        wanted = self.audits + (self.batch if self.known else max(self.batch, self.start))
+        frames = len(self.temperatures) * self.beads * (self.steps // self.stride + 1)
+        if self.structure and wanted > frames:
+            raise ValueError(
+                f"a round has {frames} frames (every {self.stride} steps of {self.steps}, {self.beads} beads, {len(self.temperatures)} "
+                f"temperatures), but up to {wanted} are to be labelled; lower stride, batch, start or audits, or raise steps"
+            )
+        if self.baseline and not self.audits:
+            raise ValueError(
+                "baseline is compared at the audited frames of each round, but audits = 0; set audits, for example to 5"
             )
         if len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError(f"temperatures has one twice: {list(self.temperatures)}")
@@ -95,6 +113,13 @@ class ExploreConfig(Config):
         if own == bool(self.explore.structure):
             what = "both are" if own else "neither is"
             raise ValueError(f"dynamics comes from [ipi] input (or [ipi.walkers]) or from [explore] structure, but {what} given")
+        idle = {
+            ("oracle", "ask"): "no frame is served by the oracle", ("oracle", "rewinds"): "no frame is served by the oracle",
+            ("trainer", "executor"): "the chains learn between the rounds", ("trainer", "max_lag"): "the chains learn between the rounds",
+        }  # fmt: skip
+        for (section, name), why in idle.items():
+            if name in getattr(self, section).model_fields_set:
+                raise ValueError(f"[{section}] {name} has no meaning for `explore`, where {why}; remove it")
         if "audit" in self.model_fields_set:
             raise ValueError("[audit] has no meaning for `explore`, where no frame is served by the oracle; use [explore] audits")
         return self

@@ -82,9 +82,9 @@ class Explored:
         """Why no further round is needed; empty: go on.
 
         Args: labels: computed so far.   fresh: eV/Å, mean disagreement on the dynamics of every round, the last one of now.
-            known: eV/Å, that on known frames; None while there is none, or no spread.   complete: whether no walker left the sanity
-            window.   audits: of the last labelled round.   beyond: upper end of the interval of the share of frames beyond the
-            accuracy that they leave, of the criterion that is worst.
+            known: eV/Å, that on known frames; None while there is none, or no spread.   complete: whether no walker left the
+            sanity window, without which nothing has converged.   audits: of the last labelled round.   beyond: upper end of the
+            interval of the share of frames beyond the accuracy that they leave, of the criterion that is worst.
         """
         low = [
             level is not None and whole and value <= self.approach * level
@@ -95,7 +95,7 @@ class Explored:
                 f"converged: the disagreement on fresh dynamics is {fresh[-1]:.4g} eV/Å, at most {self.approach:g} times that of what "
                 f"is known, {known[-1]:.4g}"
             )
-        if audits and beyond <= 1.0 - self.confidence:
+        if audits and all(complete[-2:]) and beyond <= 1.0 - self.confidence:
             return f"the promise holds: by {audits} audits at most {beyond:.2g} of all frames of fresh dynamics are beyond the accuracy"
         if self.labels is not None and labels >= self.labels:
             return f"the budget of {self.labels} labels is spent"

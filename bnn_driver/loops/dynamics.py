@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from bnn_driver.loops.assembly import STOP_SECONDS, make_client
 from bnn_driver.loops.counting import StepCounter
 from bnn_driver.loops.progress import Progress
 from bnn_driver.records import Array, Decision, Frames, Prediction
-from bnn_driver.store.files import plain, write_atomic
+from bnn_driver.store.files import write_json
 from bnn_driver.store.trajectory import TrajectoryFile
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,27 @@ class Watch:
     counter: StepCounter
     kept: TrajectoryFile
     on_step: Callable[[int, str], None]
+    _last: deque[tuple[Frames, int, int, float]] = field(init=False)
+    """Frames of the last step, as `TrajectoryFile.append` takes them."""
+
+    def __post_init__(self) -> None:
+        self._last = deque(maxlen=self.counter.per_step)
 
     def respond(self, request: Request) -> Reply:
-        """Energy, forces, virial and extras of every frame of the request.  Raises: GuardStop outside the sanity window."""
+        """Energy, forces, virial and extras of every frame of the request.
+
+        Raises: GuardStop outside the sanity window, when the last step within it is kept too: it is nearest to where the walker was lost.
+        """
+        try:
+            return self._answer(request)
+        except GuardStop:
+            for frame, step, bead, disagreement in self._last:
+                with contextlib.suppress(GuardStop):
+                    check_whole(frame, self.config.explore.max_gap)
+                    self.kept.append(frame, step, bead, disagreement)
+            raise
+
+    def _answer(self, request: Request) -> Reply:
         like, sanity, limit = self.like, self.config.sanity, self.config.explore.max_disagreement
         cell = request.cell if like.periodic else None
         frames = Frames(like.numbers, request.positions, cell, like.charge, like.multiplicity)
@@ -75,6 +94,8 @@ class Watch:
             if always or step % e.stride == 0:
                 check_whole(frames[b], e.max_gap)
                 self.kept.append(frames[b], step, bead, float(disagreement[b]))
+        for b in range(len(frames)):
+            self._last.append((frames[b], *self.counter.moment(b), float(disagreement[b])))
 
     def _judge(self, prediction: Prediction, frames: Frames) -> list[Decision]:
         """What a run that asks on the fly would have decided, for the extras; nothing is asked here."""
@@ -135,7 +156,7 @@ class Dynamics:
             "walker": self.name, "frames": len(kept), "beads": found.n_beads, "step": step, "stopped": stopped,
             "seconds": time.monotonic() - begin,
         }  # fmt: skip
-        write_atomic(self.facts_file, json.dumps(plain(facts)).encode())
+        write_json(self.facts_file, facts)
         return facts
 
     def _drive(self, config: ExploreConfig, simulation: IpiProcess, found: IpiInput, kept: TrajectoryFile) -> None:
@@ -161,13 +182,13 @@ def last_good(step: Array, disagreement: Array, stopped: bool) -> int | None:
     """The kept step from which a walker goes on in the next round; None: none is good.
 
     A walker that left the sanity window was lost before that was noticed: its last kept step is passed over, and so are steps at
-    which the members disagreed much more than they used to on its way.
+    which the members disagreed much more than they used to on its way, or of which not all beads are kept.
 
     Args: step: (N,) of its frames.   disagreement: (N,) eV/Å.
     """
-    steps = np.unique(step)
+    steps, beads = np.unique(step, return_counts=True)
     if not stopped:
         return int(steps[-1]) if len(steps) else None
     each = np.array([disagreement[step == s].max() for s in steps])
-    good = steps[:-1][each[:-1] <= TWICE * np.median(each)] if len(steps) else steps
+    good = steps[:-1][(each <= TWICE * np.median(each))[:-1] & (beads == beads.max())[:-1]] if len(steps) else steps
     return int(good[-1]) if len(good) else None

@@ -5,12 +5,12 @@ Every step leaves one file and is skipped when that is there, so the same call g
     exploration/round_000/NAME.extxyz .json  frames of a walker, and how it ended     exploration/screened_000.json  what is said of them
     exploration/chosen_000.json              which of them are to be labelled         exploration/labelled_000.json  their labels, and how
     labels/                                  the labels                               wrong the weights were before
+    exploration/baseline/                    frames by lot instead: see `by_lot`
     exploration/along_001.json               the first trajectory, judged by the first weights with a spread and by the last
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -24,7 +24,7 @@ import numpy as np
 
 from bnn_driver.active.criteria import Calibration
 from bnn_driver.active.stopping import Explored
-from bnn_driver.errors import BnnError, GuardStop
+from bnn_driver.errors import GuardStop
 from bnn_driver.explore_config import ExploreConfig, read_explore_config
 from bnn_driver.loops.assembly import (
     TOY,
@@ -36,18 +36,20 @@ from bnn_driver.loops.assembly import (
     physics,
     settle,
 )
-from bnn_driver.loops.chains import Chains, Note
+from bnn_driver.loops.by_lot import BASELINE, GENERATIONS, ByLot, lot_labelling
+from bnn_driver.loops.chains import Chains, Note, of_baseline
 from bnn_driver.loops.division import check_elements
 from bnn_driver.loops.execution import make_labelling
 from bnn_driver.loops.harvest import Harvest
-from bnn_driver.loops.known import Constants, Known, count, fixes, read_known
+from bnn_driver.loops.known import Known, read_known
 from bnn_driver.loops.screening import Screen, screen
 from bnn_driver.loops.walks import System, Walks, read_explored
-from bnn_driver.loops.walltime import WallClock, find_end
+from bnn_driver.loops.walltime import WallClock, find_end, reason_of
+from bnn_driver.loops.zero import Zero
 from bnn_driver.oracle import Oracle, absolute_paths, check_capabilities, fingerprint, load_oracle
-from bnn_driver.records import Array, LabelledFrame
-from bnn_driver.store.files import plain, read_json, write_atomic
-from bnn_driver.store.run import EventLog, RunDirectory, read_events
+from bnn_driver.store import weights
+from bnn_driver.store.files import plain, read_json, write_atomic, write_json
+from bnn_driver.store.run import EventLog, RunDirectory, announced_labels
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ def explore(config_file: Path, until: str | None = None) -> Path:
     clock = WallClock(find_end(until), config.run.margin)
     run = RunDirectory(parts.base / config.run.directory)
     with clock.armed(), run.lock("driver"), ExitStack() as stack:
-        announced = {e["frame_id"] for e in read_events(run.events_dir) if e["kind"] == "label"}
+        announced = announced_labels(run.events_dir)
         events = stack.enter_context(EventLog(run.events_dir))
         run.fix_settings(effective_settings(config, parts.base), _physics(parts), events)
         write_atomic(run.path / "bnn.toml", config_file.read_bytes())
@@ -114,17 +116,27 @@ def explore(config_file: Path, until: str | None = None) -> Path:
         policy, calibrations = make_policy(config, parts.system.like.numbers, 0.0)
         walks = Walks(config, parts.base, parts.system, run.path / EXPLORATION, run.log_dir, policy)
         harvest = Harvest(config, labelling, policy, chains, clock, announced, events.append, _tell)
-        rounds = Exploration(parts, walks, harvest, calibrations, run.path / EXPLORATION, events.append, _tell)
+        zero = Zero(run.path / EXPLORATION, parts.elements, parts.system.like.numbers, parts.known, chains.foundation_energy)
+        rounds = Exploration(parts, walks, harvest, zero, calibrations, run.path / EXPLORATION, events.append, _tell)
         clock.progressed = rounds.progressed
         try:
             reason = rounds.run()
+            for number in range(config.explore.baseline):
+                _by_lot(number, rounds, run, events.append)
         except (Exception, KeyboardInterrupt) as error:
-            events.append(
-                "stop", reason=f"{type(error).__name__}: {error}" if isinstance(error, BnnError) else "stopped on request"
-            )
+            events.append("stop", reason=reason_of(error))
             raise
         events.append("stop", reason=reason)
     return run.path
+
+
+def _by_lot(number: int, rounds: Exploration, run: RunDirectory, note: Note) -> None:
+    """Learn frames drawn by lot, for comparison."""
+    parts, folder, note = rounds.parts, rounds.folder / BASELINE, of_baseline(note, number)
+    chains = Chains(parts.model, parts.config, folder / str(number) / GENERATIONS, note)
+    desk = lot_labelling(rounds.harvest.labelling, folder / "labels", run.oracle_dir / BASELINE, run.spool_dir)
+    arm = ByLot(number, rounds.walks, rounds.zero, rounds.harvest, chains, desk, folder / str(number), note)
+    arm.learn(rounds.records("chosen"), rounds.records("labelled"))
 
 
 def check_exploration(config_file: Path) -> str:
@@ -163,6 +175,7 @@ class Exploration:
     parts: Parts
     walks: Walks
     harvest: Harvest
+    zero: Zero
     calibrations: dict[str, Calibration] | Mapping[str, Calibration]
     """Before the first label."""
     folder: Path
@@ -175,16 +188,18 @@ class Exploration:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config, self.chains = self.parts.config, self.harvest.chains
-        self._at_first = self._files()
+        self._at_first = self._done()
 
     def progressed(self) -> bool:
         """Whether this start has brought the run forward."""
-        return self._files() > self._at_first
+        return self._done() > self._at_first
 
-    def _files(self) -> int:
-        """Finished steps, labels, generations, and the frames that walkers have kept (by size of their files)."""
-        frames = sum(path.stat().st_size for path in self.folder.glob("round_*/*.extxyz"))
-        return frames + sum(1 for _ in self.folder.glob("**/*.json")) + len(self.harvest.labelling.store) + self.generation
+    def _done(self) -> int:
+        """Finished steps, labels, generations, and what walkers have kept and baselines had labelled (by size of their files)."""
+        frames = sum(path.stat().st_size for path in self.folder.glob("**/*.extxyz"))
+        steps = sum(1 for path in self.folder.glob("**/*.json") if GENERATIONS not in path.parts)
+        beside = sum(weights.latest(path) or 0 for path in self.folder.glob(f"{BASELINE}/*/{GENERATIONS}"))
+        return frames + steps + len(self.harvest.labelling.store) + self.chains.newest() + beside
 
     def run(self) -> str:
         """Go on until it is enough; returns why."""
@@ -199,10 +214,12 @@ class Exploration:
             screened = self._screened(number)
             sofar = [self._record("screened", i) or {} for i in range(number + 1)]
             last = self._record("labelled", number - 1) or {}
-            reason = enough.reason(
-                len(self.harvest.labelling.store), [x["fresh"] for x in sofar], [x["known"] for x in sofar],
-                [not x["stopped"] for x in sofar], last.get("audited", 0) if last.get("generation") else 0, last.get("beyond_at_most", 1.0),
-            )  # fmt: skip
+            reason = ""
+            if self._record("chosen", number) is None:  # else labels of this round may be there, and are to be learnt
+                reason = enough.reason(
+                    len(self.harvest.labelling.store), [x["fresh"] for x in sofar], [x["known"] for x in sofar],
+                    [not x["stopped"] for x in sofar], last.get("audited", 0) if last.get("generation") else 0, last.get("beyond_at_most", 1.0),
+                )  # fmt: skip
             reason = reason or self._choose_and_label(number, screened)
             if reason:
                 self._along(self.generation)
@@ -213,7 +230,7 @@ class Exploration:
     def _learn(self, number: int) -> None:
         """Weights that have learnt all that is known before this round."""
         rounds = [self.harvest.labels(self._record("labelled", i)) for i in range(number)]
-        sets = ([] if self.parts.known is None else [self._known_labels()]) + [self._shifted(some) for some in rounds]
+        sets = ([] if self.parts.known is None else [self.zero.known_labels()]) + [self.zero.shifted(some) for some in rounds]
         self.chains.learn(sets)
         self.generation = len(sets)
         if self.generation == 1 and number == 1:  # the first weights with a spread, on the trajectory that went before them
@@ -233,7 +250,7 @@ class Exploration:
         found: Mapping[str, Calibration] = self.calibrations
         for i in range(number):
             for item in self.harvest.labels(self._record("labelled", i)):
-                found = self.walks.policy.observe(found, item, self._constants().of(item.frame.numbers))
+                found = self.walks.policy.observe(found, item, self.zero.constants().of(item.frame.numbers))
         return found
 
     def _screened(self, number: int) -> dict[str, Any]:
@@ -285,8 +302,8 @@ class Exploration:
             begin = time.monotonic()
             before = {name for i in range(number) for name in (self._record("labelled", i) or {})["labels"]}
             facts = self.harvest.label(number, kept, chosen, before)
-            self._fix_constants(self.harvest.labels(facts))
-            facts |= self.harvest.judged(facts, self._constants(), AUDIT_CONFIDENCE) | {"seconds": time.monotonic() - begin}
+            self.zero.fix(self.harvest.labels(facts))
+            facts |= self.harvest.judged(facts, self.zero.constants(), AUDIT_CONFIDENCE) | {"seconds": time.monotonic() - begin}
             self._write("labelled", number, facts)
             self.note("labelled", round=number, labels=len(facts["labels"]), failed=facts["failed"], beyond=facts["beyond"])
             self.tell(
@@ -302,54 +319,10 @@ class Exploration:
             found = screen(self.chains, kept, np.arange(len(kept)))
             self._write("along", generation, {"force": found.force})
 
-    # ------------------------------------------------------------------ the zero of energy
-    def _known_labels(self) -> list[LabelledFrame]:
-        """On the model's scale; the constants between both are fitted once."""
-        known = self.parts.known
-        if known is None:
-            return []
-        if not (self.folder / "known.json").exists():
-            labels = known.labels()
-            energies = [self.chains.foundation_energy(item.frame)[0] - item.label.energy for item in labels]
-            self._keep_constants("known", Constants.fitted(self.parts.elements, self._atoms(labels), np.array(energies)))
-        return self._shifted(known.labels(), self._read_constants("known"))
-
-    def _fix_constants(self, first: list[LabelledFrame]) -> None:
-        """By the first labels, unless what is known fixes them for these atoms too."""
-        if (self.folder / "constants.json").exists():
-            return
-        known = [] if self.parts.known is None else self.parts.known.labels()
-        atoms, row = self._atoms(known), count(self.parts.elements, self.parts.system.like.numbers)
-        if known and fixes(atoms, row):
-            self._keep_constants("constants", self._read_constants("known"))
-            return
-        before = self._read_constants("known").values if known else np.zeros(len(row))
-        difference = [*(atoms @ before), *(item.context["predicted_energy"] - item.label.energy for item in first)]
-        both = np.vstack([atoms, *([row] * len(first))])
-        self._keep_constants("constants", Constants.fitted(self.parts.elements, both, np.array(difference)))
-
-    def _atoms(self, labels: list[LabelledFrame]) -> Array:
-        """(N, Z)"""
-        return np.array([count(self.parts.elements, item.frame.numbers) for item in labels]).reshape(-1, len(self.parts.elements))
-
-    def _constants(self) -> Constants:
-        return self._read_constants("constants")
-
-    def _keep_constants(self, name: str, found: Constants) -> None:
-        facts = {"elements": found.elements, "constants": found.values}
-        write_atomic(self.folder / f"{name}.json", json.dumps(plain(facts)).encode())
-
-    def _read_constants(self, name: str) -> Constants:
-        facts = read_json(self.folder / f"{name}.json")
-        return Constants(tuple(facts["elements"]), np.array(facts["constants"]))
-
-    def _shifted(self, labels: list[LabelledFrame], constants: Constants | None = None) -> list[LabelledFrame]:
-        """With the offset that `chain_update.own_offset` reads."""
-        found = constants or self._constants()
-        return [
-            LabelledFrame(item.frame, item.label, item.context | {"energy_offset": found.of(item.frame.numbers)})
-            for item in labels
-        ]
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Of all rounds that have labels."""
+        count = sum(1 for _ in self.folder.glob("labelled_*.json"))
+        return [read_json(self.folder / f"{name}_{number:03d}.json") for number in range(count)]
 
     def _record(self, name: str, number: int) -> dict[str, Any] | None:
         file = self.folder / f"{name}_{number:03d}.json"
@@ -357,7 +330,7 @@ class Exploration:
 
     def _write(self, name: str, number: int, facts: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = plain({"round": number, **facts})
-        write_atomic(self.folder / f"{name}_{number:03d}.json", json.dumps(found).encode())
+        write_json(self.folder / f"{name}_{number:03d}.json", found)
         return found
 
 

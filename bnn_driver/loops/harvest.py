@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -60,9 +59,7 @@ class Harvest:
             if generation
             else self._far_apart(kept, count, taken)
         )
-        drawn = generator(self.config.run.seed, "audits", number).permutation(len(kept))
-        unlabelled = (i for i in drawn.tolist() if self.labelling.known(kept.one(i).frames) is None)
-        audits = list(islice(unlabelled, int(min(e.audits, left - len(choice.rows))) if len(choice.rows) else 0))
+        audits = self._audits(number, kept, choice.rows, int(min(e.audits, left - len(choice.rows))) if len(choice.rows) else 0)
         others = np.setdiff1d(found.index, np.concatenate([choice.rows, choice.near_duplicates]))
         return {
             "generation": generation, "chosen": choice.rows, "reserve": choice.reserve, "audits": audits,
@@ -70,6 +67,21 @@ class Harvest:
             "selected": float(found.force[choice.rows].mean()) if len(choice.rows) else 0.0,
             "remaining": float(found.force[others].mean()) if len(others) else 0.0,
         }  # fmt: skip
+
+    def _audits(self, number: int, kept: Trajectories, chosen: Array, count: int) -> list[int]:
+        """Frames by lot, without a label and each of a structure of its own: walkers, and all beads of a ring, start from one."""
+        drawn = generator(self.config.run.seed, "audits", number).permutation(len(kept))
+        rows: list[int] = []
+        taken = {self._name(kept, i): i for i in chosen.tolist()}
+        for i in drawn.tolist():
+            if len(rows) == count:
+                break
+            if self.labelling.known(kept.one(i).frames) is None and taken.setdefault(self._name(kept, i), i) == i:
+                rows.append(i)
+        return rows
+
+    def _name(self, kept: Trajectories, row: int) -> str:
+        return kept.one(row).frames.content_id(self.labelling.fingerprint)
 
     def _far_apart(self, kept: Trajectories, count: int, taken: Gallery) -> Choice:
         """Without a disagreement: farthest points in the model's descriptors, from the first frame on."""
@@ -123,18 +135,21 @@ class Harvest:
             failed += lost
             replaced = sum(1 for i in lost if i in chosen["chosen"] or i in chosen["reserve"])
             todo, spare = spare[:replaced], spare[replaced:]
-        found = [(i, self.labelling.known(kept.one(i).frames)) for i in dict.fromkeys([*tried, *chosen["reserve"]])]
-        items = [(i, item) for i, item in found if item is not None and item.label.frame_id not in before]
-        if not items:
+        rows_of: dict[str, list[int]] = {}
+        for i in dict.fromkeys([*tried, *chosen["reserve"]]):
+            item = self.labelling.known(kept.one(i).frames)
+            if item is not None and item.label.frame_id not in before:
+                rows_of.setdefault(item.label.frame_id, []).append(i)
+        if not rows_of:
             raise OracleError(
                 f"none of the {len(tried)} frames of round {number} could be labelled; the reasons are in oracle/quarantine. Mend the "
                 "oracle and run the same command again"
             )
         return {
             "generation": chosen["generation"],
-            "labels": [item.label.frame_id for _, item in items],
-            "is_audit": [i in chosen["audits"] for i, _ in items],
-            "is_chosen": [i not in chosen["audits"] or i in chosen["chosen"] for i, _ in items],
+            "labels": list(rows_of),
+            "is_audit": [any(i in chosen["audits"] for i in rows) for rows in rows_of.values()],
+            "is_chosen": [any(i not in chosen["audits"] or i in chosen["chosen"] for i in rows) for rows in rows_of.values()],
             "failed": failed,
         }
 
@@ -145,10 +160,10 @@ class Harvest:
 
     def _ask(self, number: int, kept: Trajectories, index: Sequence[int], chosen: dict[str, Any]) -> list[int]:
         """Labels of frames that have none; returns those that cannot be labelled."""
-        todo = [i for i in index if self.labelling.known(kept.one(i).frames) is None]
-        if todo:
-            slowest = max((item.label.seconds for item in self.labelling.store.all()), default=None)
-            self.clock.check_labels(len(todo), slowest, self.labelling.executor.workers, self.config.oracle.timeout)
+        without = [i for i in index if self.labelling.known(kept.one(i).frames) is None]
+        refused = [i for i in without if self.labelling.quarantine.refusal(kept.one(i).frames) is not None]
+        todo = [i for i in without if i not in refused]
+        self.clock.check_labels(len(todo), self.labelling.slowest, self.labelling.executor.workers, self.config.oracle.timeout)
         frames = [kept.one(i).frames for i in todo]
         results = self.labelling.attempt(frames, [self._context(number, kept, i, chosen) for i in todo])
         for i, result in zip(todo, results, strict=True):
@@ -156,7 +171,7 @@ class Harvest:
                 self.note("failed", round=number, frame=i, reason=f"{type(result).__name__}: {result}")
                 self.tell(f"round {number}: frame {i} could not be labelled and is in quarantine: {result}")
         self._announce()
-        return [i for i, result in zip(todo, results, strict=True) if isinstance(result, OracleError)]
+        return refused + [i for i, result in zip(todo, results, strict=True) if isinstance(result, OracleError)]
 
     def _announce(self) -> None:
         """An event for every label that has none."""

@@ -59,10 +59,14 @@ class Labelling:
         quarantine: Quarantine,
         walker: str = "",
         code: str = "",
+        beside: LabelStore | None = None,
     ) -> None:
-        """Args: walker: whose labels.   code: what the driver's oracle calls itself; a label may say more, from the code's output."""
+        """Args: walker: whose labels.   code: what the driver's oracle calls itself; a label may say more, from the code's output.
+        beside: another store of the run, whose labels must come from the same binary.
+        """
         self.walker = walker
         self.code = code
+        self._beside = beside
         self.store = store
         self.executor = executor
         self.pending = pending
@@ -76,6 +80,11 @@ class Labelling:
         self._audited = {_moment(item.context) for item in store.all() if item.context.get("audit") and self.is_own(item)}
         self._budget_told = False
         pending.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def slowest(self) -> float | None:
+        """s of the slowest label so far; None without any."""
+        return max((item.label.seconds for item in self.store.all()), default=None)
 
     def known(self, frame: Frames) -> LabelledFrame | None:
         """The label of this very frame, when there is one (after a restart i-PI asks again)."""
@@ -263,7 +272,8 @@ class Labelling:
         if self.code and not label.code.startswith(f"{self.code} "):
             return
         self.store.refresh()  # other walkers' labels
-        others = (item.label for item in self.store.all() if item.label.fingerprint == label.fingerprint)
+        known = [*self.store.all(), *(self._beside.all() if self._beside else ())]
+        others = (item.label for item in known if item.label.fingerprint == label.fingerprint)
         first = next((other for other in others if other.code != self.code), label)
         if first.code != label.code:
             raise EnvironmentProblem(

@@ -40,11 +40,11 @@ from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.progress import Progress
 from bnn_driver.loops.rewinding import FRAME_FAILED, Rewinding
 from bnn_driver.loops.trainer import TrainerProcess
-from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end
+from bnn_driver.loops.walltime import TimeIsUp, WallClock, find_end, reason_of
 from bnn_driver.oracle import absolute_paths, fingerprint, load_oracle
 from bnn_driver.records import Frames
 from bnn_driver.store import weights
-from bnn_driver.store.run import EventLog, RunDirectory, read_events, write_atomic
+from bnn_driver.store.run import EventLog, RunDirectory, announced_labels, read_events, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class Session:
         except (Exception, KeyboardInterrupt) as error:
             self.clock.disarm()  # from here on it is stopping
             try:
-                self.finish(_reason(error))
+                self.finish(reason_of(error))
             except BnnError as second:
                 log.error("while the books were closed: %s", second)
             raise
@@ -209,7 +209,7 @@ class Session:
             if wait_for_audits:
                 self.driver.labelling.forget_begun()
         except KeyboardInterrupt as error:
-            reason = f"{reason}; {_reason(error)}"
+            reason = f"{reason}; {reason_of(error)}"
             raise
         finally:
             self.events.append("stop", reason=reason, step=self.driver.step)
@@ -225,15 +225,7 @@ class Session:
 
     def _check_time(self, count: int) -> None:
         """Before labels are asked for.  Raises: TimeIsUp when they cannot finish."""
-        slowest = max((item.label.seconds for item in self.driver.labelling.store.all()), default=None)
-        self.clock.check_labels(count, slowest, self.workers, self.label_seconds)
-
-
-def _reason(error: BaseException) -> str:
-    """Of a stop, for the events."""
-    if isinstance(error, KeyboardInterrupt):
-        return str(error) or "stopped on request"
-    return f"{type(error).__name__}: {error}"
+        self.clock.check_labels(count, self.driver.labelling.slowest, self.workers, self.label_seconds)
 
 
 @contextlib.contextmanager
@@ -255,7 +247,7 @@ def _open(
     promise = make_policy(config, frames.numbers, _audit_probability(config, ipi_input))
     model = load_model(config, config_file.absolute().parent, frames.numbers, config.potential.device)
     with ExitStack() as stack:
-        announced = {e["frame_id"] for e in read_events(run.events_dir) if e["kind"] == "label"}
+        announced = announced_labels(run.events_dir)
         events = stack.enter_context(EventLog(run.events_dir))
         facts = physics(config, frames, model, oracle.physics(), fingerprint(oracle))
         run.fix_settings(effective_settings(config, config_file.absolute().parent), facts, events)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from bnn_driver.ipi.simulation import copy_named_files
 from bnn_driver.loops.dynamics import INPUT, Dynamics, Watch, last_good
 from bnn_driver.loops.seeds import derive
 from bnn_driver.records import Array, Frames, Prediction
+from bnn_driver.sections import Section
 from bnn_driver.store.files import read_json, write_atomic
 from bnn_driver.store.trajectory import Trajectories, read_trajectories
 
@@ -53,18 +54,25 @@ def _from_structure(config: ExploreConfig, base: Path) -> System:
         atoms: Any = ase.io.read(file)
     except Exception as error:  # ase raises whatever its readers raise
         raise ConfigError(f"[explore] structure: {file} cannot be read: {error}") from None
-    for name in ("charge", "multiplicity"):
-        if name in atoms.info and int(atoms.info[name]) != getattr(system, name):
-            raise ConfigError(
-                f"{file} says {name} = {atoms.info[name]}, but [system] {name} is {getattr(system, name)}; correct one of them"
-            )
+    charge, multiplicity = (_said(atoms, name, system, file) for name in ("charge", "multiplicity"))
     cell, positions = np.eye(3) * BOX, np.asarray(atoms.positions, dtype=float)
     if system.periodic:
         cell, positions = standing(np.asarray(atoms.cell.array, dtype=float), positions)
     labels = [chemical_symbols[z] for z in atoms.numbers]
     start = Start(labels, positions[None], cell)
-    like = _frames(config, atoms.numbers, positions, cell)
+    like = replace(_frames(config, atoms.numbers, positions, cell), charge=charge, multiplicity=multiplicity)
     return System(like, dict.fromkeys(config.walkers(), start), {})
+
+
+def _said(atoms: Any, name: str, system: Section, file: Path) -> int:
+    """Charge or multiplicity: what the structure says, or [system]; where both do, they must say the same."""
+    given: int = getattr(system, name)
+    value = atoms.info.get(name, given)
+    if not isinstance(value, (int, float, np.number)) or not float(value).is_integer():
+        raise ConfigError(f"{file} says {name} = {value}, expected an integer")
+    if name in system.model_fields_set and int(value) != given:
+        raise ConfigError(f"{file} says {name} = {value}, but [system] {name} is {given}; correct one of them")
+    return int(value)
 
 
 def _from_inputs(config: ExploreConfig, base: Path) -> System:

@@ -48,6 +48,13 @@ class End:
         return f"{datetime.fromtimestamp(self.moment):%Y-%m-%d %H:%M:%S} ({self.source})"
 
 
+def reason_of(error: BaseException) -> str:
+    """Of a stop, for the events."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "stopped on request"
+    return f"{type(error).__name__}: {error}"
+
+
 def find_end(until: str | None) -> End | None:
     """The end by the text of --until, else by the scheduler of the job; None without any.
 

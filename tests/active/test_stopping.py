@@ -67,6 +67,8 @@ def test_with_labels_alone_it_must_hold_in_rounds_in_a_row() -> None:
 def test_it_is_explored_when_the_promise_holds_or_the_budget_is_spent() -> None:
     assert explored().reason(5, [3.0], [1.0], [True], 30, 0.09).startswith("the promise holds: by 30 audits")
     assert explored().reason(5, [3.0], [1.0], [True], 30, 0.11) == ""
+    for lost in ([True, False], [False, True]):
+        assert explored().reason(5, [3.0, 3.0], [1.0, 1.0], lost, 30, 0.09) == "", "a walker was lost, after the audits or before"
     assert explored().reason(20, [3.0], [1.0], [True], 0, 1.0) == "the budget of 20 labels is spent"
     assert explored().reason(5, [3.0] * 4, [1.0] * 4, [True] * 4, 0, 1.0) == "all 3 rounds are done"
     assert explored().reason(5, [3.0] * 3, [1.0] * 3, [True] * 3, 0, 1.0) == "", (

@@ -51,6 +51,9 @@ approach = 0
 duplicates = "0.001 A"
 """
 
+KNOWN = 'known = "known.extxyz"\nenergy_key = "REF_energy"\nforces_key = "REF_forces"'
+"""Keys of [explore] for the file of `known_pool`."""
+
 
 def write_exploration(folder: Path, *changes: tuple[str, str], config: str = CONFIG) -> Path:
     """Write structure and config; returns the config's path.  Args: changes: (old, new) in the config's text."""

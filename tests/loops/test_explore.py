@@ -13,7 +13,7 @@ from typing import Any
 import ase.io
 import numpy as np
 import pytest
-from small_exploration import CONFIG, START, known_pool, recorder, write_exploration
+from small_exploration import CONFIG, KNOWN, START, known_pool, recorder, write_exploration
 from small_run import command, program, write_run
 
 from bnn_driver.active.likeness import Gallery
@@ -146,13 +146,18 @@ MOMENTS = (
     "generations/000001",
     "exploration/round_001/300K.extxyz",
     "labels/000004.extxyz",
+    "labels/000007.extxyz",
     "generations/000002",
 )
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_and_counts_every_label_once(tmp_path: Path) -> None:
-    config = write_exploration(tmp_path, ('kind = "toy"\n', 'kind = "toy"\ntoy = { delay = "0.1 s" }\n'))
+    config = write_exploration(
+        tmp_path,
+        ('kind = "toy"\n', 'kind = "toy"\nmax_labels = 8\ntoy = { delay = "0.1 s" }\n'),
+        ("rounds = 2", "rounds = 2\naudits = 1"),
+    )
     for moment in MOMENTS:
         process = subprocess.Popen(command("explore", config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (tmp_path / "run" / moment).exists():
@@ -164,12 +169,128 @@ def test_killed_at_any_moment_it_goes_on_and_counts_every_label_once(tmp_path: P
     assert done.returncode == 0, done.stderr
     told = [event["frame_id"] for event in events(config, "label")]
     items = labels(config)
-    assert len(told) == len(set(told)) == len(items) == 6
+    assert len(told) == len(set(told)) == len(items) == 8
     for number in (0, 1):
         atoms = frames(config, number)
         assert [a.info["step"] for a in atoms] == list(range(0, 41, 4)), "every kept step stands there once"
     used = [name for record in records(config, "labelled") for name in record["labels"]]
-    assert used == [item.label.frame_id for item in items], "all of them were learnt"
+    assert sorted(used) == sorted(item.label.frame_id for item in items), "a spent budget keeps no label from being learnt"
+    state = json.loads((tmp_path / "run" / "generations" / "000002" / "state.json").read_text())
+    assert sorted(state["label_ids"]) == sorted(used)
+
+
+def test_audits_of_walkers_that_start_from_one_structure_are_of_different_ones(tmp_path: Path) -> None:
+    config = write_exploration(
+        tmp_path,
+        ("[300]", "[300, 400]"), ("steps = 40", "steps = 4"), ("start = 3", "start = 2"), ("batch = 3", "batch = 2\naudits = 2"),
+        ("rounds = 2", "rounds = 1"), ("steps_per_update = 60", "steps_per_update = 5"),
+    )  # fmt: skip
+    explore(config)
+    record = records(config, "labelled")[0]
+    assert len(set(record["labels"])) == len(record["labels"]) == len(labels(config))
+    assert record["audited"] == 2
+
+
+@pytest.mark.slow
+def test_a_label_that_outlasts_every_job_is_said_to_need_more_time(tmp_path: Path) -> None:
+    config = write_exploration(
+        tmp_path,
+        ('kind = "toy"\ntimeout = "20 s"', 'kind = "toy"\ntimeout = "90 s"\ntoy = { delay = "60 s" }'), ("seed = 7", 'seed = 7\nmargin = "3 s"'),
+        ("rounds = 2", "rounds = 1"),
+    )  # fmt: skip
+    stopped = program("explore", "--until", "30 s", config)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "wall limit" in reason(config)
+    refused = program("explore", "--until", "20 s", config)
+    assert refused.returncode == 7, refused.stderr
+    assert "ask for more time" in refused.stderr
+    config.write_text(config.read_text().replace('delay = "60 s"', 'delay = "0 s"'))
+    explore(config)
+    assert "all 1 rounds are done" in reason(config)
+
+
+BESIDE = (
+    "baseline/labels/000000.extxyz",
+    "baseline/labels/000003.extxyz",
+    "baseline/0/drawn_000.json",
+    "baseline/0/tested_001.json",
+)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exploration from known frames with two baselines, killed at four moments of these; the config's path."""
+    folder = tmp_path_factory.mktemp("compared")
+    known_pool(folder / "known.extxyz")
+    config = write_exploration(
+        folder,
+        ("approach = 0", f"approach = 0\n{KNOWN}"),
+        ("batch = 3", "batch = 3\naudits = 2\nbaseline = 2"), ('kind = "toy"\n', 'kind = "toy"\nmax_labels = 10\n'),
+    )  # fmt: skip
+    for moment in BESIDE:
+        process = subprocess.Popen(command("explore", config), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (folder / "run" / "exploration" / moment).exists():
+            assert process.poll() is None, f"it ended before {moment}"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = program("explore", config)
+    assert done.returncode == 0, done.stderr
+    assert "by lot" in done.stdout
+    return config
+
+
+def test_frames_by_lot_are_as_many_of_the_same_dynamics_and_labelled_once(compared: Path) -> None:
+    beside = compared.parent / "run" / "exploration" / "baseline"
+    chosen, labelled = records(compared, "chosen")[0], records(compared, "labelled")[0]
+    audits = {name for name, is_audit in zip(labelled["labels"], labelled["is_audit"], strict=True) if is_audit}
+    own = {item.label.frame_id: item for item in labels(compared)}
+    extra = {item.label.frame_id: item for item in LabelStore(beside / "labels").all()}
+    assert own
+    assert extra
+    assert not own.keys() & extra.keys(), "what the run had labelled is not computed again"
+    assert len(list((compared.parent / "run" / "oracle" / "spool" / "done").glob("*.json"))) == len(own) + len(extra)
+    kept = frames(compared, 0)
+    lots = []
+    for number in ("0", "1"):
+        drawn = json.loads((beside / number / "drawn_000.json").read_text())["rows"]
+        assert len(set(drawn)) == len(labelled["labels"]) - len(audits)
+        assert not set(drawn) & set(chosen["audits"])
+        state = json.loads((beside / number / "generations" / "000002" / "state.json").read_text())
+        learnt = [name for name in state["label_ids"] if name in own or name in extra]
+        assert len(state["label_ids"]) == 12 + len(labelled["labels"]), "the same number, beside the twelve known ones"
+        assert audits <= set(learnt)
+        by_name = own | extra
+        places = [by_name[name].frame.positions[0] for name in learnt if name not in audits]
+        for row, place in zip(drawn, places, strict=True):
+            np.testing.assert_array_equal(place, kept[row].positions)
+        assert not list((beside / number).glob("drawn_001.json")), "nothing is left to test the last round by"
+        lots.append(drawn)
+    assert lots[0] != lots[1]
+
+
+def test_baselines_are_tested_at_the_same_audits(compared: Path) -> None:
+    beside = compared.parent / "run" / "exploration" / "baseline"
+    tests = [json.loads((beside / "0" / f"tested_{n:03d}.json").read_text()) for n in (0, 1)]
+    before, after = records(compared, "labelled")
+    assert tests[0]["audit_error"] == pytest.approx(before["audit_error"], rel=1e-6), "nothing differs yet but the folder"
+    assert tests[1]["labels"] == len(before["labels"])
+    assert len(tests[1]["force_error"]) == after["audited"]
+    rows = json.loads(program("status", compared, "--json").stdout)["rounds"]
+    other = json.loads((beside / "1" / "tested_001.json").read_text())["audit_error"]
+    assert rows[1]["lot_error"] == pytest.approx((tests[1]["audit_error"] + other) / 2)
+    assert rows[1]["lot_runs"] == 2
+    assert tests[1]["audit_error"] != after["audit_error"], "other frames were learnt"
+
+
+def test_labels_by_lot_are_neither_counted_nor_bought_from_the_budget(compared: Path) -> None:
+    told = [event["frame_id"] for event in events(compared, "label")]
+    assert sorted(told) == sorted(item.label.frame_id for item in labels(compared))
+    assert len(told) == json.loads(program("status", compared, "--json").stdout)["labels"] <= 10
+    before = len(events(compared, "baseline update"))
+    assert before == 4, "two weights for each baseline, none learnt twice"
+    assert program("explore", compared).returncode == 0
+    assert len(events(compared, "baseline update")) == before
 
 
 def with_own_inputs(folder: Path, steps: int, explore_section: str) -> Path:
@@ -182,17 +303,18 @@ def with_own_inputs(folder: Path, steps: int, explore_section: str) -> Path:
 
 
 def test_an_exploding_walker_is_stopped_and_what_it_saw_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = with_own_inputs(tmp_path, 40, "stride = 1\nstart = 2\nbatch = 2\nrounds = 1\napproach = 1e6\n")
+    config = with_own_inputs(tmp_path, 40, "stride = 3\nstart = 2\nbatch = 2\nrounds = 1\napproach = 1e6\n")
     hot = (tmp_path / "w1.xml").read_text()
     (tmp_path / "w1.xml").write_text(hot.replace("'femtosecond'> 0.5 <", "'femtosecond'> 5 <"))
     explore(config)
     ended = {event["walker"]: event for event in events(config, "dynamics") if event["round"] == 0}
     assert not ended["cold"]["stopped"]
     assert "below the limit of 0.5 Å" in ended["hot"]["stopped"]
-    assert 1 < ended["hot"]["step"] < 40
+    last = ended["hot"]["step"]
+    assert 1 < last < 40
     seen = frames(config, 0, "hot")
-    assert [a.info["step"] for a in seen] == list(range(ended["hot"]["step"] + 1)), "what it saw up to there"
-    assert len(frames(config, 0, "cold")) == 41
+    assert [a.info["step"] for a in seen] == sorted({*range(0, last + 1, 3), last}), "what it saw, its last good step too"
+    assert len(frames(config, 0, "cold")) == 14
     assert "walker hot left the sanity window at step" in capsys.readouterr().err
     again = frames(config, 1, "hot")[0].positions
     assert not np.allclose(again, seen[-1].positions), "not from where it was lost"
@@ -267,7 +389,7 @@ def test_it_ends_when_fresh_dynamics_is_as_certain_as_what_is_known(tmp_path: Pa
     known_pool(tmp_path / "known.extxyz")
     config = write_exploration(
         tmp_path,
-        ("approach = 0", 'approach = 50\nknown = "known.extxyz"\nenergy_key = "REF_energy"\nforces_key = "REF_forces"'),
+        ("approach = 0", f"approach = 50\n{KNOWN}"),
     )  # fmt: skip
     explore(config)
     assert reason(config).startswith("converged: the disagreement on fresh dynamics is")
@@ -281,7 +403,7 @@ def test_labels_of_another_composition_are_known_first_and_learnt_together(tmp_p
     known_pool(tmp_path / "known.extxyz")
     config = write_exploration(
         tmp_path,
-        ("approach = 0", 'approach = 0\nknown = "known.extxyz"\nenergy_key = "REF_energy"\nforces_key = "REF_forces"'),
+        ("approach = 0", f"approach = 0\n{KNOWN}"),
         ("rounds = 2", "rounds = 1"), ("duplicates", "max_disagreement = \"100 eV/A\"\nduplicates"),
     )  # fmt: skip
     explore(config)
@@ -329,6 +451,10 @@ def test_the_budget_of_labels_ends_it(tmp_path: Path) -> None:
         ("steps = 40", 'steps = 40\ntimestep = "0.5"', "unit is missing"),
         ("steps = 40", "steps = 40\nsame_level = true", "same_level belongs to labelled frames"),
         ("rounds = 2", 'rank = "forces"', "rank"),
+        ("rounds = 2", "baseline = 1", "but audits = 0"),
+        ("start = 3", "start = 30", "a round has 11 frames"),
+        ("stride = 4", "stride = 400", "no frame but the first would be pooled"),
+        ("[explore]", '[trainer]\nexecutor = "parsl"\n[explore]', "[trainer] executor has no meaning"),
         ("rounds = 2", "round = 2", "did you mean 'rounds'"),
         ("[explore]", "[audit]\nexpected = 3\n[explore]", "use [explore] audits"),
         ("periodic = false", "periodic = true", "left-handed or has no volume"),
@@ -361,6 +487,36 @@ def test_a_charge_that_the_structure_contradicts_is_named(tmp_path: Path) -> Non
     atoms.info["charge"] = 0
     ase.io.write(tmp_path / "start.extxyz", atoms)
     with pytest.raises(ConfigError, match=r"says charge = 0, but \[system\] charge is 1"):
+        check_exploration(config)
+
+
+def test_the_charge_of_the_structure_reaches_the_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recorder(
+        tmp_path, monkeypatch, ("charge = 1\n", ""), ('"start.xyz"', '"start.extxyz"'), ("rounds = 2", "rounds = 1")
+    )
+    atoms = ase.Atoms("OH2", positions=START)
+    atoms.info |= {"charge": -1, "multiplicity": 3}
+    ase.io.write(tmp_path / "start.extxyz", atoms)
+    explore(config)
+    told = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert {(x["charge"], x["multiplicity"]) for x in told} == {(-1, 3)}
+    atoms.info["charge"] = 1.7
+    ase.io.write(tmp_path / "start.extxyz", atoms)
+    with pytest.raises(ConfigError, match=r"charge = 1\.7, expected an integer"):
+        check_exploration(config)
+
+
+def test_elements_of_what_is_known_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
+    config = write_exploration(
+        tmp_path,
+        ('model = "toy"', 'model = "embedded"'), ("stride = 4", "stride = 4\nsame_level = true"),
+        ("rounds = 2", KNOWN),
+    )  # fmt: skip
+    iodine = ase.Atoms("HI", positions=[[0, 0, 0], [1.6, 0, 0]])
+    iodine.info |= {"REF_energy": -1050.0, "charge": 1}
+    iodine.arrays["REF_forces"] = np.zeros((2, 3))
+    ase.io.write(tmp_path / "known.extxyz", iodine, format="extxyz")
+    with pytest.raises(BnnError, match=r"frame 0 .*element I, which .*embedded"):
         check_exploration(config)
 
 

@@ -14,6 +14,8 @@ def test_a_walker_goes_on_from_its_last_frame_or_from_before_it_was_lost() -> No
     assert last_good(steps, calm, stopped=True) == 10, "its last kept frame was lost already"
     wild = np.array([0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 0.1, 0.1])
     assert last_good(steps, wild, stopped=True) == 5, "one bead of step 10 was far from what is known"
+    partial = np.array([0, 0, 5, 5, 9, 10])
+    assert last_good(partial, np.full(6, 0.1), stopped=True) == 5, "one bead of step 9 is missing"
     assert last_good(steps[:2], calm[:2], stopped=True) is None
     assert last_good(steps[:0], calm[:0], stopped=True) is None
     assert last_good(steps, np.zeros(8), stopped=True) == 10, "members without a spread"
