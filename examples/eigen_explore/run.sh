@@ -6,5 +6,6 @@ PYTHON=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
 .venv/bin/pip install --quiet --disable-pip-version-check -e ".[pyscf,tblite]" -c constraints.txt
-[ -f examples/eigen_explore/known.extxyz ] || OMP_NUM_THREADS=1 .venv/bin/python examples/eigen_explore/known.py
+[ -f examples/eigen_explore/known.extxyz ] || OMP_NUM_THREADS=1 .venv/bin/python examples/zundel_qbc/make_pool.py --frames 60 \
+  --config examples/eigen_explore/bnn.toml --output examples/eigen_explore/known.extxyz
 .venv/bin/bnn-driver explore examples/eigen_explore/bnn.toml

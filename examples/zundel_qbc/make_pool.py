@@ -1,7 +1,7 @@
-"""A pool of protonated water dimers: GFN2-xTB moves them at three temperatures, PySCF labels them with their charge.
+"""A pool of protonated water dimers: GFN2-xTB moves them at three temperatures, PySCF (or another oracle) labels them with their charge.
 
-Nothing of it is an input from elsewhere.  Writes pool.extxyz beside this file (REF_energy eV, REF_forces eV/Å); the same command goes on
-after a stop: frames and labels that are there are not made again.
+Nothing of it is an input from elsewhere.  Writes pool.extxyz beside this file, or another one (REF_energy eV, REF_forces eV/Å); the same
+command goes on after a stop: frames and labels that are there are not made again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from ase.optimize import BFGS
 from tblite.ase import TBLite
 from tqdm import tqdm
 
+from bnn_driver.config import read_toml
 from bnn_driver.executors.local import LocalExecutor
+from bnn_driver.oracle import absolute_paths
 from bnn_driver.records import Frames, LabelledFrame
 from bnn_driver.store.dataset import LabelStore
 
@@ -28,7 +30,9 @@ TEMPERATURES = (150.0, 300.0, 600.0)
 TIMESTEP, FRICTION, BETWEEN, SETTLING = 0.5 * units.fs, 0.01 / units.fs, 40, 400
 SAME = 1e-9
 """Å"""
-ORACLE = {"method": "rks", "xc": "pbe", "basis": "def2-svp"}
+LIMIT = 600.0
+"""s, for a label."""
+ORACLE = {"kind": "pyscf", "pyscf": {"method": "rks", "xc": "pbe", "basis": "def2-svp"}}
 
 
 def zundel() -> Atoms:
@@ -71,19 +75,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=HERE / "pool.extxyz")
+    parser.add_argument("--config", type=Path, help="a bnn.toml whose [oracle] labels; else PBE/def2-SVP by PySCF")
     options = parser.parse_args()
-    work = HERE / "run_pool"
+    oracle = read_toml(options.config)["oracle"] if options.config else ORACLE
+    kind, base = oracle["kind"], (options.config or HERE).absolute().parent
+    settings = absolute_paths(kind, oracle.get(kind, {}), base)
+    work = options.output.parent / f"run_{options.output.stem}"
     work.mkdir(exist_ok=True)
     frames = read_frames(work / "frames.extxyz", options.frames)
-    store = LabelStore(work / "labels")
-    with LocalExecutor("pyscf", ORACLE, options.workers, 120.0, work, 1, work / "spool") as executor:
+    with LocalExecutor(kind, settings, options.workers, LIMIT, work, 1, work / "spool") as executor:
+        store = LabelStore(work / f"labels_{executor.fingerprint[:12]}")  # of one level of theory
         todo = [frame for frame in frames if store.find(frame, executor.fingerprint, SAME) is None]
         waiting = [executor.submit(frame) for frame in todo]
         for frame, future in zip(
             tqdm(todo, desc="labels"), waiting, strict=True
         ):  # in this order, so that the pool is always the same
             store.write(LabelledFrame(frame, future.result()))
-    print(f"{store.export_extxyz(HERE / 'pool.extxyz')} frames of H5O2+ in {HERE / 'pool.extxyz'}")
+    print(f"{store.export_extxyz(options.output)} frames of H5O2+ in {options.output}")
 
 
 if __name__ == "__main__":
