@@ -18,7 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bnn_driver.loops.pool import select
+from bnn_driver.loops.division import divide, open_pool
+from bnn_driver.loops.pool import BASELINE, Rounds, select
+from bnn_driver.loops.scratch import FromScratch
+from bnn_driver.pool_config import read_select_config
 from bnn_driver.report.selection import Arm, read_selection, selection_summary
 
 CONFIG = """
@@ -55,6 +58,8 @@ WAYS = {
     "scratch": ("", 'kind = "scratch"\nmace = { batch_size = 10 }'),
 }
 """Lines of [pool] and of [committee]; "plain": the most uncertain without diversity."""
+LOTS = (20, 20, 20, 40)
+"""Frames by lot of models from scratch: 20 to start, then at 40, 60 and 100 labels; what is trained anew each time needs no step between."""
 PUBLISHED = {20: 107, 40: 59, 60: 45, 100: 32}
 """meV/Å, by labels, of the tutorial's own test frames."""
 
@@ -80,11 +85,25 @@ def main() -> None:
             file = (given.data / "zundel_eigen_qbc" / "zundel_1000_rpbe-d3_aims.extxyz").absolute()
             text = CONFIG.format(
                 seed=seed, members=given.members, steps=given.steps, rounds=given.rounds, file=file, pool=pool,
-                baseline=1 if way in ("chains", "scratch") else 0, committee=f"{committee}\nsteps = {given.scratch_steps}",
+                baseline=1 if way == "chains" else 0, committee=f"{committee}\nsteps = {given.scratch_steps}",
             )  # fmt: skip
             (folder / "bnn.toml").write_text(text)
             found.setdefault(way, []).append(select(folder / "bnn.toml"))
+            if way == "scratch":
+                lots(folder / "bnn.toml")
     print(table(found))
+
+
+def lots(config_file: Path) -> None:
+    """Learn `LOTS` frames by lot beside a selection."""
+    config, base = read_select_config(config_file), config_file.absolute().parent
+    pool, folder = open_pool(config, base), base / "run" / BASELINE / "0"
+
+    def note(kind: str, **facts: object) -> None:
+        print(f"by lot: {kind}", facts.get("labels", ""), facts.get("force_error", ""), flush=True)
+
+    members = FromScratch(config, config.committee, pool.elements, folder / "generations", note)
+    Rounds(config, pool, divide(pool, config), members, folder, note).draw(list(LOTS), 0)
 
 
 def table(found: dict[str, list[Path]]) -> str:
@@ -99,8 +118,9 @@ def table(found: dict[str, list[Path]]) -> str:
     lines = ["| labels | " + " | ".join(map(str, labels)) + " | AUROC F | rank F |", "|---|" + "---|" * (len(labels) + 2)]
     for name, arms in rows.items():
         errors = 1e3 * np.array([arm.errors("force_error") for arm in arms])
-        spread = errors.std(axis=0, ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else np.zeros(len(labels))
-        cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(errors.mean(axis=0), spread, strict=True)]
+        spread = errors.std(axis=0, ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else np.zeros(errors.shape[1])
+        known = dict(zip(arms[0].labels.tolist(), zip(errors.mean(axis=0), spread, strict=True), strict=True))
+        cells = ["{:.1f} ± {:.1f}".format(*known[n]) if n in known else "" for n in labels]
         judged = [selection_summary(run)["rounds"][-1] for run in found.get(name, [])]
         each = [[row[key] for row in judged if row[key] is not None] for key in ("force_auroc", "force_rank")]
         told = [f"{np.mean(values):.2f}" if values else "" for values in each]
