@@ -55,7 +55,7 @@ WAYS = {
     "plain": ("diversity = false", ""),
     "predictive": ('rank = "predictive"', ""),
     "atom": ('rank = "atom"', ""),
-    "scratch": ("", 'kind = "scratch"\nmace = { batch_size = 10 }'),
+    "scratch": ("", 'kind = "scratch"\nmace = { batch_size = 10, ema = true, ema_decay = 0.99 }'),
 }
 """Lines of [pool] and of [committee]; "plain": the most uncertain without diversity."""
 LOTS = (20, 20, 20, 40)
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400, help="of the chains per round")
-    parser.add_argument("--scratch-steps", type=int, default=800, help="of every model from scratch per round")
+    parser.add_argument("--scratch-steps", type=int, default=2000, help="of every model from scratch per round")
     parser.add_argument("--rounds", type=int, default=8)
     given = parser.parse_args()
     found: dict[str, list[Path]] = {}
