@@ -30,15 +30,14 @@ from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.files import read_json, write_json
 from bnn_driver.store.trajectory import Trajectories
 
-BASELINE, GENERATIONS = "baseline", "generations"
+GENERATIONS = "generations"
 
 
-def lot_labelling(labelling: Labelling, folder: Path, pending: Path, spool: Path) -> Labelling:
+def lot_labelling(run: Labelling, folder: Path, pending: Path, spool: Path) -> Labelling:
     """A desk before the same oracle whose labels are not those of the run, and do not spend its budget.
 
-    Args: labelling: that of the run.   folder: for the labels.
+    Args: run: the desk of the run.   folder: for the labels.
     """
-    run = labelling
     desk = Labelling(
         LabelStore(folder), run.executor, pending, run.fingerprint, None, run.quarantine, code=run.code, beside=run.store
     )

@@ -27,13 +27,15 @@ log = logging.getLogger(__name__)
 
 #: (kind, **facts): writes an event
 Note = Callable[..., None]
+BASELINE = "baseline"
+"""Folder of what is drawn by lot for comparison, and the first word of its events."""
 
 
 def of_baseline(note: Note, number: int) -> Note:
     """Events of a baseline, told from those of the run by their kind."""
 
     def write(kind: str, **facts: Any) -> None:
-        note(f"baseline {kind}", baseline=number, **facts)
+        note(f"{BASELINE} {kind}", baseline=number, **facts)
 
     return write
 

@@ -36,8 +36,8 @@ from bnn_driver.loops.assembly import (
     physics,
     settle,
 )
-from bnn_driver.loops.by_lot import BASELINE, GENERATIONS, ByLot, lot_labelling
-from bnn_driver.loops.chains import Chains, Note, of_baseline
+from bnn_driver.loops.by_lot import GENERATIONS, ByLot, lot_labelling
+from bnn_driver.loops.chains import BASELINE, Chains, Note, of_baseline
 from bnn_driver.loops.division import check_elements
 from bnn_driver.loops.execution import make_labelling
 from bnn_driver.loops.harvest import Harvest

@@ -25,7 +25,7 @@ import numpy as np
 
 from bnn_driver.active.stopping import Plateau, Stop
 from bnn_driver.loops.assembly import TOY, effective_settings, load_model, settle
-from bnn_driver.loops.chains import Chains, Note, of_baseline
+from bnn_driver.loops.chains import BASELINE, Chains, Note, of_baseline
 from bnn_driver.loops.division import Division, check_elements, divide, gallery_of, open_pool
 from bnn_driver.loops.known import pooled_label
 from bnn_driver.loops.scratch import FromScratch
@@ -41,7 +41,7 @@ from bnn_driver.store.run import EventLog, RunDirectory, announced_labels
 
 log = logging.getLogger(__name__)
 
-SELECTION, BASELINE = "selection", "baseline"
+SELECTION = "selection"
 
 
 def select(config_file: Path) -> Path:

@@ -124,7 +124,7 @@ class WallClock:
         Args: slowest: s of the slowest label so far; None: not known, so it is tried.   limit: s after which a label is killed.
         Raises: TimeIsUp.
         """
-        if slowest is None or self.end is None:
+        if not count or slowest is None or self.end is None:
             return
         needed = -(-count // workers) * min(limit, HEADROOM * slowest)
         if needed > self.left():

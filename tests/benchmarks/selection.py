@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bnn_driver.loops.chains import BASELINE
 from bnn_driver.loops.division import divide, open_pool
-from bnn_driver.loops.pool import BASELINE, Rounds, select
+from bnn_driver.loops.pool import Rounds, select
 from bnn_driver.loops.scratch import FromScratch
 from bnn_driver.pool_config import read_select_config
 from bnn_driver.report.selection import Arm, read_selection, selection_summary
