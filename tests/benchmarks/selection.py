@@ -56,7 +56,7 @@ WAYS = {
     "plain": ("diversity = false", ""),
     "predictive": ('rank = "predictive"', ""),
     "atom": ('rank = "atom"', ""),
-    "scratch": ("", 'kind = "scratch"\nmace = { batch_size = 10, ema = true, ema_decay = 0.99 }'),
+    "scratch": ("", 'kind = "scratch"\nmace = { batch_size = 5, ema = true, ema_decay = 0.99 }'),
 }
 """Lines of [pool] and of [committee]; "plain": the most uncertain without diversity."""
 LOTS = (20, 20, 20, 40)

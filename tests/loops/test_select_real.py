@@ -12,7 +12,11 @@ from ase import Atoms
 from small_pool import CONFIG, frames, write_pool
 from small_run import program
 
+from bnn_driver.loops.division import open_pool
+from bnn_driver.loops.known import pooled_label
+from bnn_driver.loops.scratch import FromScratch
 from bnn_driver.oracle import load_oracle
+from bnn_driver.pool_config import read_select_config
 from bnn_driver.records import Frames
 
 pytestmark = pytest.mark.slow
@@ -100,6 +104,22 @@ def test_models_from_scratch_are_trained_by_mace_and_disagree(tmp_path: Path) ->
     for file in newest.glob("member_*.model"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     assert len(ase.io.read(tmp_path / "out" / "labels.extxyz", ":")) == 10
+
+
+def test_the_second_stage_of_mace_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With swa, mace leaves the models of both stages."""
+    settings = CONFIG.replace("members = 4", "members = 2") + SCRATCH.replace("mace = {", "mace = { swa = true, start_swa = 1,")
+    config_file = write_pool(tmp_path, frames(60), settings)
+    config = read_select_config(config_file)
+    pool = open_pool(config, tmp_path)
+    members = FromScratch(config, config.committee, pool.elements, tmp_path / "generations", lambda kind, **facts: None)
+    monkeypatch.setattr("bnn_driver.loops.scratch.shutil.rmtree", lambda path, **options: None)
+    members.learn([[pooled_label(pool, i, "level", "start", {}) for i in range(8)]])
+    for member in range(2):
+        left = tmp_path / "generations" / "000001" / f"work_{member:02d}" / "models"
+        assert (left / "member.model").is_file(), "of the first stage"
+        assert not (left / "member_stagetwo.model").exists()
+        assert (left.parents[1] / f"member_{member:02d}.model").is_file()
 
 
 def test_a_training_that_fails_ends_with_the_words_of_mace(tmp_path: Path) -> None:
