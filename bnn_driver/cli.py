@@ -168,20 +168,30 @@ def check(
     """Try config, i-PI input or pool, socket, model, oracle and run directory without running; says what `run` would do and cost."""
     from bnn_driver.config import read_toml
 
+    def say(name: str, text: str) -> None:
+        typer.echo(f"{name:<12}{text}" if name else text)
+
     tables = read_toml(config)
+    if walker and tables.keys() & {"explore", "pool"}:
+        raise ConfigError(
+            f"--walker {walker} belongs to `run`; `check` looks at all walkers of an exploration at once; leave it out"
+        )
     if "explore" in tables:
         from bnn_driver.loops.explore import check_exploration
 
-        typer.echo(check_exploration(config))
-        return
-    if "pool" in tables:
+        check_exploration(config, say, label=label)
+    elif "pool" in tables:
         from bnn_driver.loops.pool import check_selection
 
-        typer.echo(check_selection(config))
-        return
-    from bnn_driver.loops.checking import check_session
+        if label:
+            raise ConfigError(
+                "--label: the frames of a pool have their labels already, and `select` asks no oracle; leave it out"
+            )
+        check_selection(config, say)
+    else:
+        from bnn_driver.loops.checking import check_session
 
-    check_session(config, lambda name, text: typer.echo(f"{name:<12}{text}" if name else text), label=label, walker=walker)
+        check_session(config, say, label=label, walker=walker)
 
 
 @app.command()

@@ -10,13 +10,19 @@ from pydantic import BeforeValidator, Field, model_validator
 from bnn_driver import units
 from bnn_driver.config import Config, read_config, read_settings, read_toml
 from bnn_driver.errors import ConfigError
-from bnn_driver.pool_config import Choosing, LabelKeys, read_select_config
+from bnn_driver.pool_config import NO_IPI, NO_TRAINER, Choosing, Idle, LabelKeys, read_select_config, refuse_idle
 from bnn_driver.sections import Femtoseconds, Force, Length
 
 ONLY = "dynamics"
 """Name of the walker of [ipi] input."""
 TEMPLATE = ("temperatures", "beads", "timestep", "steps")
 """Keys that mean nothing beside i-PI inputs of the user's own."""
+IDLE: dict[str, Idle] = {
+    "oracle": (frozenset({"ask", "rewinds"}), "no frame is served by the oracle"),
+    "output": NO_IPI,
+    "trainer": NO_TRAINER,
+    "system": (frozenset({"structure"}), "dynamics starts from [explore] structure or from inputs of your own"),
+}
 OF_KNOWN = (*LabelKeys.model_fields, "same_level")
 
 
@@ -113,13 +119,7 @@ class ExploreConfig(Config):
         if own == bool(self.explore.structure):
             what = "both are" if own else "neither is"
             raise ValueError(f"dynamics comes from [ipi] input (or [ipi.walkers]) or from [explore] structure, but {what} given")
-        idle = {
-            ("oracle", "ask"): "no frame is served by the oracle", ("oracle", "rewinds"): "no frame is served by the oracle",
-            ("trainer", "executor"): "the chains learn between the rounds", ("trainer", "max_lag"): "the chains learn between the rounds",
-        }  # fmt: skip
-        for (section, name), why in idle.items():
-            if name in getattr(self, section).model_fields_set:
-                raise ValueError(f"[{section}] {name} has no meaning for `explore`, where {why}; remove it")
+        refuse_idle(self, IDLE)
         if "audit" in self.model_fields_set:
             raise ValueError("[audit] has no meaning for `explore`, where no frame is served by the oracle; use [explore] audits")
         return self

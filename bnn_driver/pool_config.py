@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bnn_driver.config import Config, Force, Length, OracleSettings, Section, System, read_settings
+from bnn_driver.config import Config, EnsembleSettings, Force, Length, OracleSettings, Output, Section, System, read_settings
+from bnn_driver.executor_config import TrainerSettings
 
 Rank = Literal["force", "energy", "predictive", "atom"]
 Count = Annotated[int, Field(ge=1)]
+
+
+Idle = tuple[frozenset[str], str]
+"""Names of settings, and why they would do nothing."""
+NO_IPI: Idle = (frozenset(Output.model_fields) - {"keep_generations"}, "no frame is served to i-PI")
+BETWEEN = "the chains learn between the rounds, on the device of [potential]"
+NO_TRAINER: Idle = (frozenset(TrainerSettings.model_fields) - {"update_retries"}, BETWEEN)
+IDLE: dict[str, Idle] = {
+    "output": NO_IPI,
+    "run": (frozenset({"margin"}), "`select` knows no limit of time; stopped at any moment it goes on with the same command"),
+    "system": (frozenset({"structure"}), "the pool has the structures"),
+}
+OF_CHAINS: dict[str, Idle] = {
+    "trainer": NO_TRAINER,
+    "committee": (
+        frozenset({"steps", "parallel", "mace"}),
+        'it belongs to kind = "scratch"; the effort of chains is [ensemble] steps_per_update',
+    ),
+}
+OF_SCRATCH: dict[str, Idle] = {
+    "trainer": (frozenset(TrainerSettings.model_fields) - {"device", "threads"}, "mace's own trainer makes the models"),
+    "potential": (frozenset({"model", "head", "path", "compile"}), "models from scratch have no foundation"),
+    "ensemble": (frozenset(EnsembleSettings.model_fields) - {"members"}, "mace's own trainer makes the models; see [committee]"),
+}
 
 
 class LabelKeys(Section):
@@ -111,7 +137,21 @@ class SelectConfig(Config):
         for name in ("ipi", "oracle", "executor", "sanity", "audit"):
             if name in self.model_fields_set:
                 raise ValueError(f"[{name}] has no meaning for `select`: the labels of the pool are there already; remove it")
+        refuse_idle(self, IDLE | (OF_SCRATCH if self.committee.kind == "scratch" else OF_CHAINS))
+        if self.committee.kind == "scratch" and self.pool.stress_key and "loss" not in self.committee.mace:
+            raise ValueError(
+                "[pool] stress_key is there, but models from scratch learn no stress with mace's default loss; set [committee] "
+                'mace = { loss = "stress" }, or remove stress_key'
+            )
         return self
+
+
+def refuse_idle(config: Config, idle: Mapping[str, Idle]) -> None:
+    """Settings that would do nothing.  Args: idle: by section.   Raises: ValueError naming the first one that is given."""
+    for section, (names, why) in idle.items():
+        given = getattr(config, section).model_fields_set if section in config.model_fields_set else set()
+        if found := sorted(given & names):
+            raise ValueError(f"[{section}] {found[0]} has no meaning here: {why}; remove it")
 
 
 def read_select_config(path: Path) -> SelectConfig:

@@ -11,6 +11,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
+from ase.geometry import find_mic
 
 from bnn_driver.errors import BnnError
 from bnn_driver.records import Array, Frames
@@ -26,9 +27,9 @@ def shape(frame: Frames) -> Array:
     first, second = np.triu_indices(len(frame.numbers), k=1)
     difference = frame.positions[0][second] - frame.positions[0][first]
     cell = None if frame.cell is None else frame.cell[0]
-    if cell is not None:
-        difference = difference - np.rint(difference @ np.linalg.inv(cell)) @ cell
-    distance = np.sqrt(np.sum(difference**2, axis=-1))
+    distance = np.linalg.norm(difference, axis=-1)
+    if cell is not None and len(difference):
+        _, distance = find_mic(difference, cell)
     z = np.sort(np.stack([frame.numbers[first], frame.numbers[second]]), axis=0)
     parts = [distance[np.lexsort((distance, z[1], z[0]))]]
     if cell is not None:

@@ -20,6 +20,7 @@ import numpy as np
 from bnn_driver.active import committee as qbc
 from bnn_driver.errors import OracleError
 from bnn_driver.loops.chains import Chains, Note
+from bnn_driver.loops.effort import STEPS, effort
 from bnn_driver.loops.harvest import Harvest
 from bnn_driver.loops.labelling import Labelling
 from bnn_driver.loops.seeds import generator
@@ -74,7 +75,7 @@ class ByLot:
         for number, (choice, record) in enumerate(zip(chosen, labelled, strict=True)):
             if not (self.folder / f"tested_{number:03d}.json").exists():
                 self.chains.learn(sets)
-                self._test(number, record, learnt)
+                self._test(number, len(sets), record, learnt)
             if number + 1 < len(labelled):  # after the last round no frames are left to be tested by
                 drawn = self._drawn(number, choice, record, learnt)
                 sets.append(self.zero.shifted(drawn))
@@ -84,14 +85,15 @@ class ByLot:
         pairs = zip(self.harvest.labels(record), record["is_audit"], strict=True)
         return [item for item, is_audit in pairs if is_audit]
 
-    def _test(self, number: int, record: dict[str, Any], learnt: Sequence[LabelledFrame]) -> None:
+    def _test(self, number: int, generation: int, record: dict[str, Any], learnt: Sequence[LabelledFrame]) -> None:
         """Force errors at the audited frames that were not learnt (a round starts where the one before ended), eV/Å."""
         before = {item.label.frame_id for item in learnt}
         audits = [item for item in self._audits(record) if item.label.frame_id not in before]
         said = [self.chains.predict(item.frame).mean_forces for item in audits]
         errors = [float(qbc.force_error(f, item.label.forces[None])[0]) for f, item in zip(said, audits, strict=True)]
         mean = float(np.mean(errors)) if errors else None
-        self._write("tested", number, {"labels": len(learnt), "force_error": errors, "audit_error": mean})
+        facts = {"generation": generation, STEPS: effort(self.harvest.config)[1]}
+        self._write("tested", number, facts | {"labels": len(learnt), "force_error": errors, "audit_error": mean})
         self.note("test", round=number, labels=len(learnt), audit_error=mean)
 
     def _drawn(

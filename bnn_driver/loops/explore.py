@@ -31,7 +31,9 @@ from bnn_driver.loops.assembly import (
     Model,
     effective_settings,
     foundation_elements,
+    foundation_generation,
     load_model,
+    make_ensemble,
     make_policy,
     physics,
     settle,
@@ -39,10 +41,12 @@ from bnn_driver.loops.assembly import (
 from bnn_driver.loops.by_lot import GENERATIONS, ByLot, lot_labelling
 from bnn_driver.loops.chains import BASELINE, Chains, Note, of_baseline
 from bnn_driver.loops.division import check_elements
+from bnn_driver.loops.effort import STEPS, check_equal_effort, effort
 from bnn_driver.loops.execution import make_labelling
 from bnn_driver.loops.harvest import Harvest
 from bnn_driver.loops.known import Known, read_known
 from bnn_driver.loops.screening import Screen, screen
+from bnn_driver.loops.trial import label_trial
 from bnn_driver.loops.walks import System, Walks, read_explored
 from bnn_driver.loops.walltime import WallClock, find_end, reason_of
 from bnn_driver.loops.zero import Zero
@@ -133,23 +137,35 @@ def explore(config_file: Path, until: str | None = None) -> Path:
 def _by_lot(number: int, rounds: Exploration, run: RunDirectory, note: Note) -> None:
     """Learn frames drawn by lot, for comparison."""
     parts, folder, note = rounds.parts, rounds.folder / BASELINE, of_baseline(note, number)
+    learnt = [*rounds.records("screened"), *map(read_json, sorted((folder / str(number)).glob("tested_*.json")))]
+    check_equal_effort(parts.config, [record for record in learnt if record["generation"]])
     chains = Chains(parts.model, parts.config, folder / str(number) / GENERATIONS, note)
     desk = lot_labelling(rounds.harvest.labelling, folder / "labels", run.oracle_dir / BASELINE, run.spool_dir)
     arm = ByLot(number, rounds.walks, rounds.zero, rounds.harvest, chains, desk, folder / str(number), note)
     arm.learn(rounds.records("chosen"), rounds.records("labelled"))
 
 
-def check_exploration(config_file: Path) -> str:
-    """Everything that can be validated without running anything.  Raises: as `gather`."""
+def check_exploration(config_file: Path, say: Callable[[str, str], None], *, label: bool = False) -> None:
+    """Everything that can be validated without running anything.
+
+    Args: say: hears of each finding.   label: also have the oracle label the start structure and displaced copies of it; the labels go
+        to the run directory's spool, so a run does not compute them again.
+    Raises: as `gather`; OracleInconsistent when energies, forces and stress do not belong together.
+    """
     parts = gather(config_file)
     config, like = parts.config, parts.system.like
     known = "nothing" if parts.known is None else f"{len(parts.known.pool)} frames of {len(parts.known.pool.kinds)} kinds"
-    return (
-        f"atoms      {len(like.numbers)}, {'periodic' if like.periodic else 'molecule'}, charge {like.charge:+d}, multiplicity "
-        f"{like.multiplicity}\nwalkers    {', '.join(config.walkers())}\nknown      {known}\noracle     {parts.oracle.code}, fingerprint "
-        f"{fingerprint(parts.oracle)[:12]}\npotential  {config.potential.model}: {parts.model.potential.path}; {config.ensemble.members} "
-        "members\neverything that can be checked without running is in order"
-    )
+    kind = "periodic" if like.periodic else "molecule"
+    say("atoms", f"{len(like.numbers)}, {kind}, charge {like.charge:+d}, multiplicity {like.multiplicity}")
+    say("walkers", ", ".join(config.walkers()))
+    say("known", known)
+    say("oracle", f"{parts.oracle.code}, fingerprint {fingerprint(parts.oracle)[:12]}")
+    say("potential", f"{config.potential.model}: {parts.model.potential.path}; {config.ensemble.members} members")
+    if label:
+        foundation = make_ensemble(parts.model, foundation_generation(parts.model, 1), config)
+        run = (parts.base / config.run.directory).absolute()
+        label_trial(config, parts.options, parts.base, parts.oracle, like, foundation.predict(like), run, say)
+    say("", "everything that can be checked without running is in order" if not label else "everything is in order")
 
 
 def _tell(line: str) -> None:
@@ -267,7 +283,7 @@ class Exploration:
         ended = [self.walks.done(number, name) or {} for name in self.config.walkers()]
         facts = {
             "generation": self.generation, "frames": len(kept), "fresh": float(found.force.mean()),
-            "known": self.harvest.level(self.parts.known) if self.generation else None,
+            "known": self.harvest.level(self.parts.known) if self.generation else None, STEPS: effort(self.config)[1],
             "stopped": [facts["walker"] for facts in ended if facts["stopped"]], "uncertain": self._uncertain(number, found),
             "force": found.force, "atom": found.atom, "energy": found.energy, "mean_energy": found.mean_energy,
             "energy_sd": found.energy_sd, "seconds": time.monotonic() - begin,

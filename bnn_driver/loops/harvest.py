@@ -129,8 +129,9 @@ class Harvest:
         wanted = list(dict.fromkeys([*chosen["chosen"], *chosen["audits"]]))
         spare = [i for i in chosen["reserve"] if i not in wanted]
         todo, failed, tried = wanted, list[int](), list[int]()
+        replaced_before = self._replaced(kept, wanted, spare, before)
         while todo:
-            lost = self._ask(number, kept, todo, chosen)
+            lost = self._ask(number, kept, todo, chosen, replaced_before)
             tried += todo
             failed += lost
             replaced = sum(1 for i in lost if i in chosen["chosen"] or i in chosen["reserve"])
@@ -153,15 +154,25 @@ class Harvest:
             "failed": failed,
         }
 
+    def _replaced(self, kept: Trajectories, wanted: list[int], spare: list[int], before: Collection[str]) -> list[int]:
+        """Frames that failed before a kill and have been replaced: one behind them has its label, so they are not asked again."""
+        items = [self.labelling.known(kept.one(i).frames) for i in spare]
+        last = max((k for k, item in enumerate(items) if item is not None and item.label.frame_id not in before), default=-1)
+        tried = [*wanted, *spare[:last]] if last >= 0 else []
+        frames = {i: kept.one(i).frames for i in tried}
+        return [i for i in tried if self.labelling.known(frames[i]) is None and self.labelling.quarantine.has(frames[i])]
+
     def labels(self, labelled: dict[str, Any] | None) -> list[LabelledFrame]:
         """The labels of a round, in order."""
         items = {item.label.frame_id: item for item in self.labelling.store.all()}
         return [items[name] for name in (labelled or {}).get("labels", ())]
 
-    def _ask(self, number: int, kept: Trajectories, index: Sequence[int], chosen: dict[str, Any]) -> list[int]:
-        """Labels of frames that have none; returns those that cannot be labelled."""
+    def _ask(
+        self, number: int, kept: Trajectories, index: Sequence[int], chosen: dict[str, Any], replaced: Collection[int]
+    ) -> list[int]:
+        """Labels of frames that have none; returns those that cannot be labelled, or were replaced."""
         without = [i for i in index if self.labelling.known(kept.one(i).frames) is None]
-        refused = [i for i in without if self.labelling.quarantine.refusal(kept.one(i).frames) is not None]
+        refused = [i for i in without if i in replaced or self.labelling.quarantine.refusal(kept.one(i).frames) is not None]
         todo = [i for i in without if i not in refused]
         self.clock.check_labels(len(todo), self.labelling.slowest, self.labelling.executor.workers, self.config.oracle.timeout)
         frames = [kept.one(i).frames for i in todo]

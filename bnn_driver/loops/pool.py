@@ -27,10 +27,12 @@ from bnn_driver.active.stopping import Plateau, Stop
 from bnn_driver.loops.assembly import TOY, effective_settings, load_model, settle
 from bnn_driver.loops.chains import BASELINE, Chains, Note, of_baseline
 from bnn_driver.loops.division import Division, check_elements, divide, gallery_of, open_pool
+from bnn_driver.loops.effort import STEPS, check_equal_effort, effort
 from bnn_driver.loops.known import pooled_label
 from bnn_driver.loops.scratch import FromScratch
 from bnn_driver.loops.screening import Committee, choose, descriptors, judge
 from bnn_driver.loops.seeds import generator
+from bnn_driver.loops.walltime import reason_of
 from bnn_driver.pool_config import SelectConfig, read_select_config
 from bnn_driver.potential.mace import load_mace
 from bnn_driver.records import Array, LabelledFrame
@@ -64,13 +66,16 @@ def select(config_file: Path) -> Path:
         make = partial(_committee, config, base, pool)
         selection = Rounds(config, pool, division, make(run.generations_dir, events.append), run.path / SELECTION, events.append)
         selection.store, selection.announced, selection.tell = LabelStore(run.labels_dir), known, _tell
-        reason = selection.select()
-        sizes = [len(record["chosen"]) for record in selection.records()]
-        for number in range(config.pool.baseline):
-            folder = run.path / BASELINE / str(number)
-            note = of_baseline(events.append, number)
-            arm = Rounds(config, pool, division, make(folder / "generations", note), folder, note)
-            arm.draw(sizes, number)
+        try:
+            reason = selection.select()
+            for number in range(config.pool.baseline):
+                folder = run.path / BASELINE / str(number)
+                note = of_baseline(events.append, number)
+                arm = Rounds(config, pool, division, make(folder / "generations", note), folder, note)
+                arm.draw_as(selection, number)
+        except (Exception, KeyboardInterrupt) as error:
+            events.append("stop", reason=reason_of(error))
+            raise
         events.append("stop", reason=reason)
     return run.path
 
@@ -79,17 +84,16 @@ def _tell(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def check_selection(config_file: Path) -> str:
-    """Everything that can be validated without learning anything.  Raises: ConfigError, ModelError."""
+def check_selection(config_file: Path, say: Callable[[str, str], None]) -> None:
+    """Everything that can be validated without learning anything.  Args: say: hears of each finding.   Raises: ConfigError, ModelError."""
     config, base = read_select_config(config_file), config_file.absolute().parent
     pool = open_pool(config, base)
     _model_checksum(config, base, pool)
     division = divide(pool, config)
-    return (
-        f"pool       {pool.first[1]} frames of {len(pool.kinds)} kinds; {len(division.test)} test frames, {len(division.start)} to start "
-        f"with, {len(division.candidates)} to choose from\n"
-        f"committee  {config.ensemble.members} members, {config.committee.kind}\neverything that can be checked without running is in order"
-    )
+    drawn = f"{len(division.test)} test frames, {len(division.start)} to start with, {len(division.candidates)} to choose from"
+    say("pool", f"{pool.first[1]} frames of {len(pool.kinds)} kinds; {drawn}")
+    say("committee", f"{config.ensemble.members} members, {config.committee.kind}")
+    say("", "everything that can be checked without running is in order")
 
 
 @dataclass
@@ -131,6 +135,14 @@ class Rounds:
             reason = stop.reason(labels, errors, *means) or self._choose(records, labels)
             if reason:
                 return reason
+
+    def draw_as(self, chosen: Rounds, number: int) -> None:
+        """Take as many frames as were chosen, by lot, and learn them with the same effort.
+
+        Raises: ConfigError when the steps of an update are not what they were then.
+        """
+        check_equal_effort(self.config, [*chosen.tests(), *self.tests()])
+        self.draw([len(record["chosen"]) for record in chosen.records()], number)
 
     def draw(self, sizes: list[int], number: int) -> None:
         """Take as many frames as another way of choosing did, by lot.  Args: sizes: of all rounds, the start first."""
@@ -189,6 +201,10 @@ class Rounds:
         found = [self._test_file(n) for n in range(1, len(records) + 1)]
         return [float(read_json(path)["force_error"]) for path in found if path.exists()]
 
+    def tests(self) -> list[dict[str, Any]]:
+        """Of all generations so far."""
+        return [read_json(path) for path in sorted(self.folder.glob("test_*.json"))]
+
     def _test_file(self, generation: int) -> Path:
         return self.folder / f"test_{generation:03d}.json"
 
@@ -204,6 +220,7 @@ class Rounds:
             "force_rmse": float(np.sqrt(np.mean(found.force_error**2))),
             "energy_rmse": float(np.sqrt(np.mean(energy_error**2))),
             "disagreement": float(found.force.mean()),
+            STEPS: effort(self.config)[1],
             "frame_force_error": found.force_error,
             "frame_disagreement": found.force,
             "frame_energy_error": energy_error,

@@ -73,6 +73,10 @@ class Quarantine:
             for file in (known["file"], known["file"].with_suffix(".extxyz")):
                 file.unlink(missing_ok=True)
 
+    def has(self, frame: Frames) -> bool:
+        """Whether this structure could not be labelled, for whatever reason."""
+        return self._known(frame) is not None
+
     def refusal(self, frame: Frames) -> OracleError | None:
         """The error that trying again would only repeat; None for a frame that may be tried."""
         known = self._known(frame)

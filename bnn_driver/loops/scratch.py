@@ -188,19 +188,38 @@ class FromScratch:
 
     def _arguments(self, number: int, member: int, labels: list[LabelledFrame], work: Path) -> list[str]:
         order = generator(self.config.run.seed, "validation", number, member).permutation(len(labels))
-        held = max(1, round(VALIDATION * len(labels)))
-        for name, rows in (("valid", order[:held]), ("train", order[held:])):
+        counts = np.array([[np.sum(item.frame.numbers == z) for z in self.elements] for item in labels])
+        valid, train = held_back(counts, order, max(1, round(VALIDATION * len(labels))))
+        for name, rows in (("valid", valid), ("train", train)):
             (work / f"{name}.extxyz").write_bytes(b"".join(encode(labels[i]) for i in rows))
         options = SMALL | self.committee.mace
-        learnt = len(labels) - held
+        learnt = len(train)
         options["batch_size"] = min(int(options["batch_size"]), learnt)
         epochs = max(1, round(self.committee.steps / (learnt // options["batch_size"])))
         options |= {
             "name": "member", "seed": derive(self.config.run.seed, "scratch", number, member) % SEEDS,
-            "train_file": "train.extxyz", "valid_file": "valid.extxyz", "valid_batch_size": held,
+            "train_file": "train.extxyz", "valid_file": "valid.extxyz", "valid_batch_size": len(valid),
             "energy_key": "REF_energy", "forces_key": "REF_forces", "atomic_numbers": list(self.elements),
             "max_num_epochs": epochs, "eval_interval": max(1, epochs // 20), "patience": epochs + 1,
             "work_dir": ".", "model_dir": "models", "plot": False,
             "device": self.config.trainer.device, "default_dtype": self.config.potential.dtype,
         }  # fmt: skip
         return trainer_arguments(options)
+
+
+def held_back(counts: Array, order: Array, wanted: int) -> tuple[list[int], list[int]]:
+    """Labels that a member only judges itself by, and those that it learns.
+
+    What is learnt fixes a constant for every element as well as all labels do; else the zero of energy of a composition, thousands of eV,
+    could hang on a label that a member does not see.  Where no label can be spared, the first one is learnt and judged by.
+
+    Args: counts: (L, elements), atoms of each label.   order: (L,), by lot.   wanted: how many to hold back.
+    """
+    rank = np.linalg.matrix_rank(counts)
+    valid: list[int] = []
+    for i in order.tolist():
+        rest = np.delete(np.arange(len(counts)), [*valid, i])
+        if len(valid) < wanted and len(rest) and np.linalg.matrix_rank(counts[rest]) == rank:
+            valid.append(i)
+    train = [i for i in order.tolist() if i not in valid]
+    return valid or train[:1], train

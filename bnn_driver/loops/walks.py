@@ -51,9 +51,18 @@ def read_explored(config: ExploreConfig, base: Path) -> System:
 def _from_structure(config: ExploreConfig, base: Path) -> System:
     file, system = base / config.explore.structure, config.system
     try:
-        atoms: Any = ase.io.read(file)
+        found: Any = ase.io.read(file, index=":")
     except Exception as error:  # ase raises whatever its readers raise
         raise ConfigError(f"[explore] structure: {file} cannot be read: {error}") from None
+    if len(found) != 1:
+        raise ConfigError(f"[explore] structure: {file} has {len(found)} structures, expected one; take out that to start from")
+    (atoms,) = found
+    if bool(atoms.pbc.any()) != system.periodic:
+        told = "T T T" if system.periodic else "F F F"
+        raise ConfigError(
+            f'[system] periodic = {str(system.periodic).lower()}, but in {file} pbc is {atoms.pbc.tolist()}; correct one of them (pbc="{told}" '
+            "in extended XYZ)"
+        )
     charge, multiplicity = (_said(atoms, name, system, file) for name in ("charge", "multiplicity"))
     cell, positions = np.eye(3) * BOX, np.asarray(atoms.positions, dtype=float)
     if system.periodic:

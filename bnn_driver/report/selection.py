@@ -77,7 +77,7 @@ def selection_summary(run_path: Path) -> dict[str, Any]:
     rounds = []
     for number, test in enumerate(found.chosen.tests):
         record = found.chosen.rounds[number + 1] if number + 1 < len(found.chosen.rounds) else {}
-        beside = [arm.tests[number]["force_error"] for arm in found.baselines if number < len(arm.tests)]
+        beside = [other["force_error"] for arm in found.baselines for other in arm.tests if other["labels"] == test["labels"]]
         rounds.append(
             {name: test[name] for name in ("labels", "force_error", "force_rmse", "energy_rmse", "disagreement")}
             | {"selected": record.get("selected"), "remaining": record.get("remaining")}

@@ -23,7 +23,7 @@ from bnn_driver.store.xyz import RawFrame, block_at, blocks, parse
 GAP = 10.0
 """eV per atom: no two frames of one composition that anybody would learn together have energies so far apart with nothing between."""
 GROUP_GAP, GROUP = 0.5, 5
-"""eV per atom, and frames: nor have two groups of at least so many, each within less than half the gap.  Isomers are nearer to each
+"""eV per atom, and frames: nor have groups of at least so many, each within less than half the gap.  Isomers are nearer to each
 other; the same frames with another functional or basis set are not."""
 SAME = 1e-3
 """eV, and eV/Å for forces: labels of the same structure that differ by more are of different levels of theory."""
@@ -219,10 +219,12 @@ class Pool:
 
 def _is_of_two_levels(energy: Array, gaps: Array, atoms: int) -> bool:
     """Args: energy: (N,) eV, rising, of one composition.   gaps: (N - 1,) eV between them."""
-    widest = int(gaps.argmax())
-    below, above = energy[: widest + 1], energy[widest + 1 :]
-    groups = min(len(below), len(above)) >= GROUP and gaps[widest] > 2 * max(np.ptp(below), np.ptp(above))
-    return bool(gaps[widest] > GAP * atoms or (groups and gaps[widest] > GROUP_GAP * atoms))
+    cuts = np.flatnonzero(gaps > GROUP_GAP * atoms)
+    parts = np.split(energy, cuts + 1)
+    is_group = [len(part) >= GROUP for part in parts]
+    width = max((np.ptp(part) for part, group in zip(parts, is_group, strict=True) if group), default=0.0)
+    apart = any(any(is_group[: k + 1]) and any(is_group[k + 1 :]) and gaps[cut] > 2 * width for k, cut in enumerate(cuts))
+    return bool(gaps.max() > GAP * atoms or apart)
 
 
 @dataclass
@@ -296,6 +298,8 @@ def _integer(raw: RawFrame, key: str, name: str, default: int, section: str) -> 
     value = raw.info.get(used, default)
     if not isinstance(value, (int, float, np.number)) or not float(value).is_integer():
         raise ConfigError(f"{raw.where}: {used} is {value!s}, expected an integer")
+    if name == "multiplicity" and value < 1:
+        raise ConfigError(f"{raw.where}: {used} is {value!s}, expected 2 S + 1, at least 1")
     if not key and int(value) != default:
         raise ConfigError(
             f"{raw.where}: {name} is {int(value)}, but [system] {name} is {default}; write [{section}] {name}_key = {name!r} to take the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from ase.io.extxyz import key_val_str_to_dict
 from bnn_driver.errors import ConfigError
 from bnn_driver.records import Array
 
+_VALUE = re.compile(r"""\s*=\s*(?:"(?:\\.|[^"\\])*"|'[^']*'|\{[^}]*\}|\[[^\]]*\]|[^\s"]*)""")
+_KEY = re.compile(r"""[^\s"']+(?=\0)""")
+"""What a comment line says of a key, and a key before the mark that stands for it."""
 #: columns and facts that are never labels
 _STRUCTURE = {"pos", "species", "Z", "Lattice", "Properties", "pbc"}
 
@@ -76,13 +80,17 @@ def block_at(stream: IO[bytes], offset: int, where: str) -> list[bytes]:
     """The lines of the frame at a byte offset that `blocks` gave."""
     stream.seek(offset)
     first = stream.readline()
+    if not first.strip().isdigit():
+        raise ConfigError(f"{where}: no frame begins there any more; the file has changed while it was in use")
     return [first, *(stream.readline() for _ in range(int(first) + 1))]
 
 
 def parse(lines: list[bytes], where: str) -> RawFrame:
     """One frame.  Args: where: file and line, for messages.   Raises: ConfigError when it is not extended XYZ."""
     try:
-        comment = key_val_str_to_dict(lines[1].decode("utf-8"))
+        text = lines[1].decode("utf-8")
+        _once(_KEY.findall(_VALUE.sub("\0 ", text)), "the comment line")
+        comment = key_val_str_to_dict(text)
         words = [line.split() for line in lines[2:]]
         columns = _columns(str(comment.get("Properties", "species:S:1:pos:R:3")), words)
         positions = columns.pop("pos").astype(float)
@@ -107,6 +115,7 @@ def _atoms(first: bytes, file: Path, line: int) -> int:
 def _columns(properties: str, words: list[list[bytes]]) -> dict[str, Array]:
     parts = properties.split(":")
     names = list(zip(parts[::3], parts[1::3], (int(n) for n in parts[2::3]), strict=True))
+    _once([name for name, _, _ in names], "Properties")
     width = sum(n for _, _, n in names)
     if wrong := [row for row in words if len(row) != width]:
         raise ValueError(f"{len(wrong[0])} entries in a row, expected {width} for {properties}")
@@ -122,6 +131,11 @@ def _columns(properties: str, words: list[list[bytes]]) -> dict[str, Array]:
             table = np.array([[x.decode() for x in row] for row in block])
         columns[name] = table[:, 0] if n == 1 else table
     return columns
+
+
+def _once(names: list[str], where: str) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{twice[0]} stands twice in {where}; keep one of them")
 
 
 def _cell(comment: dict[str, Any]) -> Array | None:

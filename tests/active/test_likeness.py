@@ -49,6 +49,23 @@ def test_atoms_moved_by_less_than_a_half_of_the_tolerance_are_nearly_the_same() 
         assert gallery.has(frame(places=PLACES + step))
 
 
+def test_nearest_images_in_a_skewed_cell_are_the_nearest() -> None:
+    """A primitive cell of a face-centred crystal, where rounding fractional coordinates finds other images; brute force finds the nearest."""
+    primitive = 2 * np.array([[0.0, 1.8, 1.8], [1.8, 0.0, 1.8], [1.8, 1.8, 0.0]])
+    lattice = np.array([[i, j, k] for i in range(2) for j in range(2) for k in range(2)]) / 2 @ primitive
+    numbers = np.full(8, 29)
+    near = np.array([[i, j, k] for i in range(-2, 3) for j in range(-2, 3) for k in range(-2, 3)]) @ primitive
+    for _ in range(20):
+        places = lattice + RNG.normal(0, 0.05, lattice.shape)
+        first, second = np.triu_indices(8, k=1)
+        apart = np.linalg.norm((places[second] - places[first])[:, None] + near, axis=-1).min(axis=1)
+        np.testing.assert_allclose(shape(frame(numbers, places, primitive))[:28], np.sort(apart), atol=1e-9)
+        step = RNG.normal(size=places.shape)
+        gallery = Gallery(0.02)
+        gallery.add(frame(numbers, places, primitive))
+        assert gallery.has(frame(numbers, places + 0.0099 * step / np.linalg.norm(step, axis=1, keepdims=True), primitive))
+
+
 def test_one_atom_moved_far_is_another_frame() -> None:
     gallery = Gallery(0.05)
     gallery.add(frame())

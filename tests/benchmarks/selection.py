@@ -30,11 +30,9 @@ CONFIG = """
 seed = {seed}
 [system]
 charge = 1
-[potential]
-model = "embedded"
 [ensemble]
 members = {members}
-steps_per_update = {steps}
+{steps}
 [accuracy]
 energy = "1 kcal/mol"
 [pool]
@@ -85,8 +83,9 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             file = (given.data / "zundel_eigen_qbc" / "zundel_1000_rpbe-d3_aims.extxyz").absolute()
             text = CONFIG.format(
-                seed=seed, members=given.members, steps=given.steps, rounds=given.rounds, file=file, pool=pool,
-                baseline=1 if way == "chains" else 0, committee=f"{committee}\nsteps = {given.scratch_steps}",
+                seed=seed, members=given.members, steps="" if way == "scratch" else f"steps_per_update = {given.steps}",
+                rounds=given.rounds, file=file, pool=pool, baseline=1 if way == "chains" else 0,
+                committee=f"{committee}\nsteps = {given.scratch_steps}" if way == "scratch" else committee,
             )  # fmt: skip
             (folder / "bnn.toml").write_text(text)
             found.setdefault(way, []).append(select(folder / "bnn.toml"))

@@ -46,6 +46,12 @@ baseline = 1
 """
 
 
+def of_scratch(text: str) -> str:
+    """A config without the settings of chains and of their foundation."""
+    begin, end = text.index("steps_per_update"), text.index("[accuracy]")
+    return text[:begin].replace('model = "toy"\n', "") + text[end:]
+
+
 def labelled(symbols: str, positions: np.ndarray) -> Atoms:
     """One frame with the labels of the other potential."""
     atoms = Atoms(symbols, positions=positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,10 @@ from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import read_events
 
 pytestmark = [pytest.mark.ipi, pytest.mark.filterwarnings("ignore::UserWarning")]
+
+
+def check(config: Path) -> None:
+    check_exploration(config, lambda name, text: None)
 
 
 def records(config: Path, name: str) -> list[dict[str, Any]]:
@@ -136,6 +141,27 @@ def test_more_rounds_go_on_and_other_physics_is_refused(finished: Path, tmp_path
     config.write_text(config.read_text().replace("seed = 7", "seed = 8"))
     with pytest.raises(ConfigError, match="seed: was 7, now 8"):
         explore(config)
+
+
+def test_frames_by_lot_are_not_learnt_with_another_effort(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent, tmp_path / "copy")
+    config = tmp_path / "copy" / "bnn.toml"
+    text = config.read_text().replace("rounds = 2", "rounds = 2\nbaseline = 1")
+    config.write_text(text.replace("steps_per_update = 60", "steps_per_update = 30"))
+    with pytest.raises(ConfigError, match=r"\[ensemble\] steps_per_update = 30, and updates of this run had 60; set it back"):
+        explore(config)
+
+
+def test_the_start_structure_is_labelled_before_the_first_round(tmp_path: Path) -> None:
+    """With --label, by the oracle of the run; a walker or a pool have no such thing."""
+    config = write_exploration(tmp_path)
+    done = program("check", config, "--label")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^label .* eV in .* s \(", done.stdout, re.MULTILINE)
+    assert re.search(r"^differences .*energies against forces", done.stdout, re.MULTILINE)
+    assert "everything is in order" in done.stdout
+    assert not list((tmp_path / "run").glob("labels/*")), "no round was begun"
+    assert "at all walkers of an exploration at once" in program("check", config, "--walker", "300K").stderr
 
 
 MOMENTS = (
@@ -363,7 +389,7 @@ def test_charge_and_multiplicity_reach_the_oracle(tmp_path: Path, monkeypatch: p
 
 def test_an_oracle_without_charge_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = recorder(tmp_path, monkeypatch, ('charge_key = "info:charge"\n', ""))
-    for verb in (check_exploration, explore):
+    for verb in (check, explore):
         with pytest.raises(BnnError, match="neutral systems only, but the charge is \\+1"):
             verb(config)
     assert not (tmp_path / "run").exists()
@@ -383,6 +409,25 @@ def test_a_frame_that_cannot_be_labelled_is_replaced_by_the_next(
     assert "could not be labelled and is in quarantine" in capsys.readouterr().err
     assert len(list((tmp_path / "run" / "oracle" / "quarantine").glob("*.json"))) == 1
     assert [event["frame"] for event in events(config, "failed")] == record["failed"]
+
+
+def test_a_frame_that_was_replaced_before_a_kill_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that might be labelled now: the budget is spent on the one that stands in for it."""
+    fails = ("[oracle.ase.arguments]", "[oracle.ase.arguments]\nfails = [1]")
+    config = recorder(tmp_path, monkeypatch, ("rounds = 2", "rounds = 1\naudits = 1"), fails)
+    explore(config)
+    folder, asked = tmp_path / "run", (tmp_path / "asked.jsonl").read_text()
+    whole, spent = records(config, "labelled")[0], len(labels(config))
+    (failure,) = (folder / "oracle" / "quarantine").glob("*.json")
+    failure.write_text(json.dumps(json.loads(failure.read_text()) | {"class": "OracleCrashed"}))  # not one that would be repeated
+    (folder / "exploration" / "labelled_000.json").unlink()
+    config.write_text(config.read_text().replace('kind = "ase"', f'kind = "ase"\nmax_labels = {spent}'))
+    explore(config)
+    assert (tmp_path / "asked.jsonl").read_text() == asked
+    again = records(config, "labelled")[0]
+    assert [again[name] for name in ("labels", "is_chosen", "is_audit", "failed")] == [
+        whole[name] for name in ("labels", "is_chosen", "is_audit", "failed")
+    ]
 
 
 def test_it_ends_when_fresh_dynamics_is_as_certain_as_what_is_known(tmp_path: Path) -> None:
@@ -455,9 +500,14 @@ def test_the_budget_of_labels_ends_it(tmp_path: Path) -> None:
         ("start = 3", "start = 30", "a round has 11 frames"),
         ("stride = 4", "stride = 400", "no frame but the first would be pooled"),
         ("[explore]", '[trainer]\nexecutor = "parsl"\n[explore]', "[trainer] executor has no meaning"),
+        ("[explore]", "[trainer]\nthreads = 2\n[explore]", "[trainer] threads has no meaning"),
+        ("[explore]", "[output]\nstride = 2\n[explore]", "[output] stride has no meaning"),
+        ("charge = 1", 'charge = 1\nstructure = "start.xyz"', "[system] structure has no meaning"),
+        ('"start.xyz"', '"two.xyz"', "has 2 structures, expected one"),
+        ('"start.xyz"', '"cell.extxyz"', "periodic = false, but in"),
         ("rounds = 2", "round = 2", "did you mean 'rounds'"),
         ("[explore]", "[audit]\nexpected = 3\n[explore]", "use [explore] audits"),
-        ("periodic = false", "periodic = true", "left-handed or has no volume"),
+        ("periodic = false", "periodic = true", "periodic = true, but in"),
         ("rounds = 2", 'known = "known.extxyz"', "energy_key is missing and is not guessed"),
         ("rounds = 2", 'known = "known.extxyz"\nenergy_key = "REF_energy"\nforces_key = "f"', "there are: REF_forces"),
         ("rounds = 2", 'known = "foreign.extxyz"\nenergy_key = "REF_energy"\nforces_key = "REF_forces"', "same_level = true"),
@@ -473,8 +523,11 @@ def test_a_mistake_is_named_before_any_work(tmp_path: Path, old: str, new: str, 
     known_pool(tmp_path / "known.extxyz")
     known_pool(tmp_path / "foreign.extxyz", said=None)
     known_pool(tmp_path / "other.extxyz", said="0123")
+    water = ase.Atoms("OH2", positions=START)
+    ase.io.write(tmp_path / "two.xyz", [water, water])
+    ase.io.write(tmp_path / "cell.extxyz", ase.Atoms("OH2", positions=START, cell=[9, 9, 9], pbc=True))
     config = write_exploration(tmp_path, (old, new))
-    for verb in (check_exploration, explore):
+    for verb in (check, explore):
         with pytest.raises(ConfigError) as refusal:
             verb(config)
         assert says in str(refusal.value)
@@ -487,7 +540,7 @@ def test_a_charge_that_the_structure_contradicts_is_named(tmp_path: Path) -> Non
     atoms.info["charge"] = 0
     ase.io.write(tmp_path / "start.extxyz", atoms)
     with pytest.raises(ConfigError, match=r"says charge = 0, but \[system\] charge is 1"):
-        check_exploration(config)
+        check(config)
 
 
 def test_the_charge_of_the_structure_reaches_the_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +556,7 @@ def test_the_charge_of_the_structure_reaches_the_oracle(tmp_path: Path, monkeypa
     atoms.info["charge"] = 1.7
     ase.io.write(tmp_path / "start.extxyz", atoms)
     with pytest.raises(ConfigError, match=r"charge = 1\.7, expected an integer"):
-        check_exploration(config)
+        check(config)
 
 
 def test_elements_of_what_is_known_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
@@ -517,14 +570,14 @@ def test_elements_of_what_is_known_that_the_model_does_not_know_are_named(tmp_pa
     iodine.arrays["REF_forces"] = np.zeros((2, 3))
     ase.io.write(tmp_path / "known.extxyz", iodine, format="extxyz")
     with pytest.raises(BnnError, match=r"frame 0 .*element I, which .*embedded"):
-        check_exploration(config)
+        check(config)
 
 
 def test_elements_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
     config = write_exploration(tmp_path, ('model = "toy"', 'model = "embedded"'))
     ase.io.write(tmp_path / "start.xyz", ase.Atoms("OI", positions=[[0, 0, 0], [1.9, 0, 0]]))
     with pytest.raises(BnnError, match=r"also has \[53\]"):
-        check_exploration(config)
+        check(config)
 
 
 @pytest.mark.slow

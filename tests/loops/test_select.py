@@ -13,7 +13,7 @@ from typing import Any
 import ase.io
 import numpy as np
 import pytest
-from small_pool import CONFIG, frames, labelled, write_pool
+from small_pool import CONFIG, frames, labelled, of_scratch, write_pool
 from small_run import command, program
 
 from bnn_driver.active.likeness import Gallery
@@ -27,6 +27,10 @@ from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import read_events
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def check(config: Path) -> None:
+    check_selection(config, lambda name, text: None)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -117,6 +121,17 @@ def test_more_rounds_go_on_from_where_it_ended(finished: Path, tmp_path: Path) -
     assert "test: was 12, now 13" in refused.stderr
 
 
+def test_frames_by_lot_are_not_learnt_with_another_effort(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent, tmp_path / "copy")
+    config = tmp_path / "copy" / "bnn.toml"
+    text = config.read_text().replace("baseline = 1", "baseline = 2")
+    config.write_text(text.replace("steps_per_update = 150", "steps_per_update = 50"))
+    with pytest.raises(ConfigError, match=r"\[ensemble\] steps_per_update = 50, and updates of this run had 150; set it back"):
+        select(config)
+    assert "steps_per_update = 50" in events(config, "stop")[-1]["reason"]
+    assert not (config.parent / "run" / "baseline" / "1" / "generations").exists()
+
+
 MOMENTS = (
     "selection/round_000.json",
     "labels/000003.extxyz",
@@ -182,6 +197,17 @@ def changed(**info: Any) -> Any:
         ("[accuracy]", '[committee]\nkind = "scratch"\nmace = { seed = 3 }\n[accuracy]', "seed cannot be given"),
         ("[accuracy]", '[oracle]\nkind = "toy"\n[accuracy]', "[oracle] has no meaning"),
         ("[accuracy]", "[system]\nperiodic = true\n[accuracy]", "pbc says otherwise"),
+        ("[accuracy]", "[committee]\nsteps = 100\n[accuracy]", "[committee] steps has no meaning here"),
+        ("[accuracy]", '[trainer]\ndevice = "cuda"\n[accuracy]', "[trainer] device has no meaning here"),
+        ("[accuracy]", "[output]\nstride = 2\n[accuracy]", "[output] stride has no meaning here"),
+        ("seed = 7", 'seed = 7\nmargin = "5 min"', "[run] margin has no meaning here"),
+        ("[potential]", '[committee]\nkind = "scratch"\n[potential]\nmodel = "toy"', "[potential] model has no meaning here"),
+        (
+            "members = 4",
+            'members = 4\nsteps_per_update = 9\n[committee]\nkind = "scratch"',
+            "[ensemble] steps_per_update has no meaning",
+        ),
+        ("baseline = 1", 'stress_key = "s"\n[committee]\nkind = "scratch"', "learn no stress"),
         ("duplicates", "", ""),
     ],
 )
@@ -189,8 +215,9 @@ def test_a_mistake_is_named_before_any_work(tmp_path: Path, old: str, new: str, 
     if old == "duplicates":
         old, new, says = "batch = 4", 'batch = 4\nduplicates = "3 A"', "nearly the same"
     assert old in CONFIG
-    config = write_pool(tmp_path, [*frames(60), frames(1)[0]], CONFIG.replace(old, new))
-    for verb in (check_selection, select):
+    text = of_scratch(CONFIG) if "scratch" in new else CONFIG
+    config = write_pool(tmp_path, [*frames(60), frames(1)[0]], text.replace(old, new))
+    for verb in (check, select):
         with pytest.raises(ConfigError) as refusal:
             verb(config)
         assert says in str(refusal.value)

@@ -9,7 +9,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
-from small_pool import CONFIG, frames, write_pool
+from small_pool import CONFIG, frames, of_scratch, write_pool
 from small_run import program
 
 from bnn_driver.loops.division import open_pool
@@ -85,10 +85,8 @@ mace = { num_channels = 4, max_L = 0, r_max = 3.0, correlation = 1, MLP_irreps =
 
 def test_models_from_scratch_are_trained_by_mace_and_disagree(tmp_path: Path) -> None:
     """Their energies have the labels' zero, thousands of eV away, without being told."""
-    text = (
-        CONFIG.replace("rounds = 3", "rounds = 1").replace("baseline = 1", "baseline = 0").replace("members = 4", "members = 2")
-    )
-    config = write_pool(tmp_path, frames(60), text + SCRATCH)
+    text = of_scratch(CONFIG).replace("rounds = 3", "rounds = 1").replace("baseline = 1", "baseline = 0")
+    config = write_pool(tmp_path, frames(60), text.replace("members = 4", "members = 2") + SCRATCH)
     done = program("select", config, timeout=580)
     assert done.returncode == 0, done.stderr
     facts = json.loads(program("status", config, "--json").stdout)
@@ -108,7 +106,9 @@ def test_models_from_scratch_are_trained_by_mace_and_disagree(tmp_path: Path) ->
 
 def test_the_second_stage_of_mace_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With swa, mace leaves the models of both stages."""
-    settings = CONFIG.replace("members = 4", "members = 2") + SCRATCH.replace("mace = {", "mace = { swa = true, start_swa = 1,")
+    settings = of_scratch(CONFIG).replace("members = 4", "members = 2") + SCRATCH.replace(
+        "mace = {", "mace = { swa = true, start_swa = 1,"
+    )
     config_file = write_pool(tmp_path, frames(60), settings)
     config = read_select_config(config_file)
     pool = open_pool(config, tmp_path)
@@ -123,7 +123,7 @@ def test_the_second_stage_of_mace_is_what_counts(tmp_path: Path, monkeypatch: py
 
 
 def test_a_training_that_fails_ends_with_the_words_of_mace(tmp_path: Path) -> None:
-    config = write_pool(tmp_path, frames(60), CONFIG + SCRATCH.replace('"[8]"', '"many"'))
+    config = write_pool(tmp_path, frames(60), of_scratch(CONFIG) + SCRATCH.replace('"[8]"', '"many"'))
     done = program("select", config)
     assert done.returncode == 3
     assert "ended with status 1 and no model" in done.stderr

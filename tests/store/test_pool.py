@@ -152,9 +152,12 @@ def test_two_groups_of_energies_are_seen_nearer_to_each_other_than_one_frame(tmp
     for i, atoms in enumerate(frames):
         atoms.positions[0, 0] += 0.01 * i
     Pool((written(tmp_path, [*frames[:8], labelled("OH2", -2074.0)]),), KEYS)
+    third = [labelled("OH2", -2080.0 + x) for x in rng.normal(6 * shift, 0.1, 8)]
+    lone = labelled("OH2", -2078.0 + 3 * shift)
     if two:
-        with pytest.raises(ConfigError, match="do not mix"):
-            Pool((written(tmp_path, frames),), KEYS)
+        for pool in (frames, [*frames, *third], [*frames, lone]):
+            with pytest.raises(ConfigError, match="do not mix"):
+                Pool((written(tmp_path, pool),), KEYS)
     else:
         Pool((written(tmp_path, frames),), KEYS)
 
@@ -212,6 +215,8 @@ def test_charge_and_spin_are_carried_and_contradictions_refused(tmp_path: Path) 
         (lambda text: text.replace("H ", "Xx ", 1), "not a frame of extended XYZ"),
         (lambda text: text.replace('pbc="F F F"', 'pbc="T F F"', 1), "some directions only"),
         (lambda text: text.replace('pbc="F F F"', 'pbc="T T T"', 1), "no cell"),
+        (lambda text: text.replace("note=", "REF_energy=-2.0 note=", 1), "REF_energy stands twice in the comment line"),
+        (lambda text: text.replace("momenta:R", "REF_forces:R", 1), "REF_forces stands twice in Properties"),
         (lambda text: "", "holds no frame"),
     ],
 )
@@ -221,6 +226,20 @@ def test_damaged_files_are_named_with_the_line(tmp_path: Path, change, says: str
     with pytest.raises(ConfigError, match=r"pool\.extxyz") as refusal:
         Pool((file,), KEYS)
     assert says in str(refusal.value)
+
+
+def test_a_file_that_changes_while_it_is_used_is_named(tmp_path: Path) -> None:
+    file = written(tmp_path, waters())
+    pool = Pool((file,), KEYS)
+    file.write_text("\n" + file.read_text())
+    with pytest.raises(ConfigError, match="has changed while it was in use"):
+        pool.one(3)
+
+
+def test_a_multiplicity_is_at_least_one(tmp_path: Path) -> None:
+    file = written(tmp_path, [labelled("OH2", -10.0, spin=0)])
+    with pytest.raises(ConfigError, match=r"spin is 0, expected 2 S \+ 1"):
+        Pool((file,), Keys("REF_energy", "REF_forces", multiplicity="spin"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
