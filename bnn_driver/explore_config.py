@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from bnn_driver import units
 from bnn_driver.config import Config, read_config, read_settings, read_toml
 from bnn_driver.errors import ConfigError
-from bnn_driver.pool_config import NO_IPI, NO_TRAINER, Choosing, Idle, LabelKeys, read_select_config, refuse_idle
+from bnn_driver.pool_config import NO_TRAINER, Choosing, Idle, LabelKeys, read_select_config, refuse_idle
 from bnn_driver.sections import Femtoseconds, Force, Length
 
 ONLY = "dynamics"
@@ -19,7 +19,7 @@ TEMPLATE = ("temperatures", "beads", "timestep", "steps")
 """Keys that mean nothing beside i-PI inputs of the user's own."""
 IDLE: dict[str, Idle] = {
     "oracle": (frozenset({"ask", "rewinds"}), "no frame is served by the oracle"),
-    "output": NO_IPI,
+    "output": (frozenset({"stride"}), "[explore] stride says which frames are kept"),
     "trainer": NO_TRAINER,
     "system": (frozenset({"structure"}), "dynamics starts from [explore] structure or from inputs of your own"),
 }

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bnn_driver.config import Config, EnsembleSettings, Force, Length, OracleSettings, Output, Section, System, read_settings
+from bnn_driver.config import Config, EnsembleSettings, Force, Length, OracleSettings, Section, System, read_settings
 from bnn_driver.executor_config import TrainerSettings
 
 Rank = Literal["force", "energy", "predictive", "atom"]
@@ -17,11 +17,10 @@ Count = Annotated[int, Field(ge=1)]
 
 Idle = tuple[frozenset[str], str]
 """Names of settings, and why they would do nothing."""
-NO_IPI: Idle = (frozenset(Output.model_fields) - {"keep_generations"}, "no frame is served to i-PI")
 BETWEEN = "the chains learn between the rounds, on the device of [potential]"
 NO_TRAINER: Idle = (frozenset(TrainerSettings.model_fields) - {"update_retries"}, BETWEEN)
 IDLE: dict[str, Idle] = {
-    "output": NO_IPI,
+    "output": (frozenset({"stride", "extras"}), "there is no i-PI"),
     "run": (frozenset({"margin"}), "`select` knows no limit of time; stopped at any moment it goes on with the same command"),
     "system": (frozenset({"structure"}), "the pool has the structures"),
 }
