@@ -21,9 +21,12 @@ def effort(config: Config) -> tuple[str, int]:
 
 
 def check_equal_effort(config: Config, records: Iterable[Mapping[str, Any]]) -> None:
-    """Args: records: of what was learnt so far, with STEPS.   Raises: ConfigError when some were learnt with other numbers of steps."""
+    """Raises: ConfigError when some were learnt with other numbers of steps.
+
+    Args: records: of what was learnt so far, with STEPS (but those of versions that did not write it).
+    """
     name, steps = effort(config)
-    if other := sorted({int(record[STEPS]) for record in records} - {steps}):
+    if other := sorted({int(record[STEPS]) for record in records if STEPS in record} - {steps}):
         raise ConfigError(
             f"frames by lot are learnt with the same effort as the chosen ones, but {name} = {steps}, and updates of this run had "
             f"{', '.join(map(str, other))}; set it back, set baseline = 0, or begin a new run directory"
