@@ -50,12 +50,14 @@ baseline = {baseline}
 [committee]
 {committee}
 """
+SCRATCH = 'kind = "scratch"\nmace = { batch_size = 5, ema = true, ema_decay = 0.99 }'
 WAYS = {
     "chains": ("", ""),
     "plain": ("diversity = false", ""),
     "predictive": ('rank = "predictive"', ""),
     "atom": ('rank = "atom"', ""),
-    "scratch": ("", 'kind = "scratch"\nmace = { batch_size = 5, ema = true, ema_decay = 0.99 }'),
+    "scratch": ("", SCRATCH),
+    "scratch-plain": ("diversity = false", SCRATCH),
 }
 """Lines of [pool] and of [committee]; "plain": the most uncertain without diversity."""
 LOTS = (20, 20, 60)
@@ -80,13 +82,14 @@ def main() -> None:
     for way in given.ways:
         for seed in given.seeds:
             pool, committee = WAYS[way]
-            folder = given.cache / f"{way}_{seed}_{given.members}_{given.scratch_steps if way == 'scratch' else given.steps}"
+            scratch = way.startswith("scratch")
+            folder = given.cache / f"{way}_{seed}_{given.members}_{given.scratch_steps if scratch else given.steps}"
             folder.mkdir(parents=True, exist_ok=True)
             file = (given.data / "zundel_eigen_qbc" / "zundel_1000_rpbe-d3_aims.extxyz").absolute()
             text = CONFIG.format(
-                seed=seed, members=given.members, steps="" if way == "scratch" else f"steps_per_update = {given.steps}",
+                seed=seed, members=given.members, steps="" if scratch else f"steps_per_update = {given.steps}",
                 rounds=given.rounds, file=file, pool=pool, baseline=1 if way == "chains" else 0,
-                committee=f"{committee}\nsteps = {given.scratch_steps}" if way == "scratch" else committee,
+                committee=f"{committee}\nsteps = {given.scratch_steps}" if scratch else committee,
             )  # fmt: skip
             (folder / "bnn.toml").write_text(text)
             found.setdefault(way, []).append(select(folder / "bnn.toml"))
