@@ -48,11 +48,11 @@ from bnn_driver.loops.known import Known, read_known
 from bnn_driver.loops.screening import Screen, screen
 from bnn_driver.loops.trial import label_trial
 from bnn_driver.loops.walks import System, Walks, read_explored
-from bnn_driver.loops.walltime import WallClock, find_end, reason_of
+from bnn_driver.loops.walltime import WallClock, find_end, stop_noted
 from bnn_driver.loops.zero import Zero
 from bnn_driver.oracle import Oracle, absolute_paths, check_capabilities, fingerprint, load_oracle
 from bnn_driver.store import weights
-from bnn_driver.store.files import plain, read_json, write_atomic, write_json
+from bnn_driver.store.files import plain, read_json, read_series, write_atomic, write_json
 from bnn_driver.store.run import EventLog, RunDirectory, announced_labels
 
 log = logging.getLogger(__name__)
@@ -123,13 +123,10 @@ def explore(config_file: Path, until: str | None = None) -> Path:
         zero = Zero(run.path / EXPLORATION, parts.elements, parts.system.like.numbers, parts.known, chains.foundation_energy)
         rounds = Exploration(parts, walks, harvest, zero, calibrations, run.path / EXPLORATION, events.append, _tell)
         clock.progressed = rounds.progressed
-        try:
+        with stop_noted(events.append):
             reason = rounds.run()
             for number in range(config.explore.baseline):
                 _by_lot(number, rounds, run, events.append)
-        except (Exception, KeyboardInterrupt) as error:
-            events.append("stop", reason=reason_of(error))
-            raise
         events.append("stop", reason=reason)
     return run.path
 
@@ -137,7 +134,7 @@ def explore(config_file: Path, until: str | None = None) -> Path:
 def _by_lot(number: int, rounds: Exploration, run: RunDirectory, note: Note) -> None:
     """Learn frames drawn by lot, for comparison."""
     parts, folder, note = rounds.parts, rounds.folder / BASELINE, of_baseline(note, number)
-    learnt = [*rounds.records("screened"), *map(read_json, sorted((folder / str(number)).glob("tested_*.json")))]
+    learnt = [*rounds.records("screened"), *read_series(folder / str(number), "tested")]
     check_equal_effort(parts.config, [record for record in learnt if record["generation"]])
     chains = Chains(parts.model, parts.config, folder / str(number) / GENERATIONS, note)
     desk = lot_labelling(rounds.harvest.labelling, folder / "labels", run.oracle_dir / BASELINE, run.spool_dir)

@@ -32,12 +32,12 @@ from bnn_driver.loops.known import pooled_label
 from bnn_driver.loops.scratch import FromScratch
 from bnn_driver.loops.screening import Committee, choose, descriptors, judge
 from bnn_driver.loops.seeds import generator
-from bnn_driver.loops.walltime import reason_of
+from bnn_driver.loops.walltime import stop_noted
 from bnn_driver.pool_config import SelectConfig, read_select_config
 from bnn_driver.potential.mace import load_mace
 from bnn_driver.records import Array, LabelledFrame
 from bnn_driver.store.dataset import LabelStore
-from bnn_driver.store.files import read_json, write_atomic, write_json
+from bnn_driver.store.files import read_json, read_series, write_atomic, write_json
 from bnn_driver.store.pool import Pool
 from bnn_driver.store.run import EventLog, RunDirectory, announced_labels
 
@@ -66,16 +66,13 @@ def select(config_file: Path) -> Path:
         make = partial(_committee, config, base, pool)
         selection = Rounds(config, pool, division, make(run.generations_dir, events.append), run.path / SELECTION, events.append)
         selection.store, selection.announced, selection.tell = LabelStore(run.labels_dir), known, _tell
-        try:
+        with stop_noted(events.append):
             reason = selection.select()
             for number in range(config.pool.baseline):
                 folder = run.path / BASELINE / str(number)
                 note = of_baseline(events.append, number)
                 arm = Rounds(config, pool, division, make(folder / "generations", note), folder, note)
                 arm.draw_as(selection, number)
-        except (Exception, KeyboardInterrupt) as error:
-            events.append("stop", reason=reason_of(error))
-            raise
         events.append("stop", reason=reason)
     return run.path
 
@@ -119,7 +116,7 @@ class Rounds:
 
     def records(self) -> list[dict[str, Any]]:
         """Of all rounds chosen so far."""
-        return [read_json(path) for path in sorted(self.folder.glob("round_*.json"))]
+        return read_series(self.folder, "round")
 
     def select(self) -> str:
         """Choose by the committee's disagreement; returns why it ended."""
@@ -203,7 +200,7 @@ class Rounds:
 
     def tests(self) -> list[dict[str, Any]]:
         """Of all generations so far."""
-        return [read_json(path) for path in sorted(self.folder.glob("test_*.json"))]
+        return read_series(self.folder, "test")
 
     def _test_file(self, generation: int) -> Path:
         return self.folder / f"test_{generation:03d}.json"

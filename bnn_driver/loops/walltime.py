@@ -55,6 +55,16 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+@contextlib.contextmanager
+def stop_noted(note: Callable[..., object]) -> Iterator[None]:
+    """An error, or a request to stop, goes to the events as the reason of the stop, and on."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        note("stop", reason=reason_of(error))
+        raise
+
+
 def find_end(until: str | None) -> End | None:
     """The end by the text of --until, else by the scheduler of the job; None without any.
 

@@ -12,7 +12,7 @@ from bnn_driver.bayes.calibration import GammaCalibration
 from bnn_driver.records import Array
 from bnn_driver.report import figures
 from bnn_driver.report.disagreement import judged_spread, last_stop, milli, plain, reliability_panel
-from bnn_driver.store.files import read_json
+from bnn_driver.store.files import read_json, read_series
 from bnn_driver.store.run import RunDirectory, read_events
 
 
@@ -67,8 +67,7 @@ def read_selection(run_path: Path) -> Selection:
 
 
 def _arm(folder: Path) -> Arm:
-    rounds, tests = ([read_json(path) for path in sorted(folder.glob(f"{name}_*.json"))] for name in ("round", "test"))
-    return Arm(rounds, tests)
+    return Arm(read_series(folder, "round"), read_series(folder, "test"))
 
 
 def selection_summary(run_path: Path) -> dict[str, Any]:

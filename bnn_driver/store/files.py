@@ -80,6 +80,11 @@ def read_json(path: Path) -> Any:
         raise EnvironmentProblem(f"{path} cannot be read as JSON: {error}; restore it from a copy or move it away.") from error
 
 
+def read_series(folder: Path, name: str) -> list[Any]:
+    """What stands in NAME_000.json, NAME_001.json and so on.  Raises: as `read_json`."""
+    return [read_json(path) for path in sorted(folder.glob(f"{name}_*.json"))]
+
+
 def write_json(path: Path, facts: Any) -> None:
     """What `plain` makes of `facts`, written as `write_atomic` does."""
     write_atomic(path, json.dumps(plain(facts)).encode())
