@@ -40,7 +40,8 @@ KEPT = "kept.checkpoint"
 OLDER = ("older_1.checkpoint", "older_2.checkpoint", "older_3.checkpoint")
 """The copies before that one, from new to old."""
 MARK = "# i-PI started on "
-# argv: this process, then a command that is ended (SIGTERM: i-PI writes RESTART) when this process dies, however it dies
+PROCESS = Path(__file__).with_name("ipi_main.py")
+# argv: this process, then a command that is ended (SIGTERM) when this process dies, however it dies
 LAUNCH = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -98,7 +99,7 @@ class IpiProcess:
 
     def _spawn(self, source: Path) -> None:
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", LAUNCH, str(os.getpid()), sys.executable, str(ipi_script()), source.name]
+        command = [sys.executable, "-P", str(PROCESS), str(os.getpid()), str(ipi_script()), source.name]
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         with self.log_file.open("ab") as stream:
             stream.write(f"{MARK}{source} at {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())

@@ -256,13 +256,53 @@ def test_ipi_ends_with_a_restart_when_the_driver_is_killed(tmp_path: Path):
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
         assert "i-pi" in " ".join(child.cmdline())
-        end = time.monotonic() + 30
-        while len(rows(tmp_path / "run" / "sim.out")) < 3 and time.monotonic() < end:
-            time.sleep(0.05)  # an i-PI in its first step has no RESTART to write
+        wait_for_steps(tmp_path)
         parent.kill()
     gone, _ = psutil.wait_procs([child], timeout=20.0)
     assert gone or child.status() == psutil.STATUS_ZOMBIE
     assert (tmp_path / "run" / "RESTART").exists()
+
+
+@pytest.mark.ipi
+def test_ipi_told_to_end_again_and_again_leaves_a_restart(tmp_path: Path):
+    """By the kernel for each thread of a killed driver, by a scheduler, by the next driver; alone, i-PI obeys the second at once."""
+    with running(Setup(steps=100_000), tmp_path) as (process, effective):
+        serving = Serving(client_of(effective, Harmonic()))
+        wait_for_steps(tmp_path)
+        end, told = time.monotonic() + 20.0, 0
+        while process.is_running and time.monotonic() < end:
+            assert process._process is not None
+            process._process.terminate()
+            told += 1
+            time.sleep(0.02)
+        assert process.wait(0.0)
+        assert serving.join(5.0) is not None
+    assert told > 1
+    assert 3 <= (_restart_number(process.folder / "RESTART", "step") or 0) < 100_000
+
+
+@pytest.mark.ipi
+def test_ipi_told_to_end_while_it_starts_ends(tmp_path: Path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in what a shell starts with &, and all that this starts
+    try:
+        process = IpiProcess(Setup().write(tmp_path), tmp_path / "run", tmp_path / "log")
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        assert process._process is not None
+        process._process.terminate()
+        assert process.wait(10.0)
+    finally:
+        process.stop(0.0, 3.0)
+
+
+def wait_for_steps(folder: Path) -> None:
+    """Until three steps are written: an i-PI in its first step has no RESTART to write."""
+    end = time.monotonic() + 30
+    while len(rows(folder / "run" / "sim.out")) < 3:
+        assert time.monotonic() < end, (folder / "ipi.log").read_text()
+        time.sleep(0.05)
 
 
 def rows(output: Path) -> list[str]:
