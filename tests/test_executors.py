@@ -205,7 +205,7 @@ def test_shutdown_without_waiting_ends_everything_at_once(faulty: Callable[..., 
     assert eventually(lambda: (tmp_path / "work" / "calls").exists())
     start = time.monotonic()
     executor.shutdown(wait=False)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
     assert waiting.cancelled()
     assert isinstance(running.exception(), OracleCrashed)
     assert not children()
@@ -223,7 +223,7 @@ def test_leaving_with_an_error_does_not_wait(faulty: Callable[..., LocalExecutor
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
 
 
 def test_two_workers_label_at_once(faulty: Callable[..., LocalExecutor]) -> None:
@@ -257,7 +257,7 @@ def test_the_death_of_the_driver_leaves_no_orphan(tmp_path: Path, death: signal.
         assert child.is_running()
         parent.send_signal(death)
         parent.wait(10)
-        assert eventually(lambda: not alive(child.pid), 5.0)
+        assert eventually(lambda: not alive(child.pid), 30)
     finally:
         parent.kill()
 

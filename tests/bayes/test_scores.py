@@ -131,7 +131,7 @@ def test_many_cases_take_no_pairs() -> None:
     error, sd = _cases(50_000)
     start = time.process_time()
     attainable, attained = attainable_auroc(sd, 1.5), auroc(error, sd, 1.5)
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 5.0
     beyond = (np.abs(error) >= 1.5).sum()
     assert attained == pytest.approx(attainable, abs=4 * np.sqrt(attainable * (1 - attainable) / beyond))
 

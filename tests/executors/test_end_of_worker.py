@@ -57,7 +57,7 @@ def test_the_signal_is_heard_while_the_child_is_started_or_killed(
         worker.kill()
         worker.communicate()
     assert worker.returncode == 128 + 15, errors
-    assert eventually(lambda: ended(int(said.split()[0])), 5)
+    assert eventually(lambda: ended(int(said.split()[0])), 30)
     if moment == "kills":
         (grandchild,) = (tmp_path / "work").glob("*/grandchild")
-        assert eventually(lambda: ended(int(grandchild.read_text())), 5)
+        assert eventually(lambda: ended(int(grandchild.read_text())), 30)

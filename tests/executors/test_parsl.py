@@ -89,7 +89,7 @@ def test_a_worker_killed_in_the_middle_is_replaced(start: Callable[..., RemoteEx
     worker = oracle.parent()
     assert worker is not None
     worker.kill()
-    assert eventually(lambda: not alive(oracle), 5)  # what is not waited for is not computed
+    assert eventually(lambda: not alive(oracle), 30)  # what is not waited for is not computed
     assert future.result(timeout=180).energy == -8.0
     assert calls(tmp_path / "work") == 2
     assert read_failures(tmp_path / "spool") == {}
@@ -128,13 +128,13 @@ def test_the_death_of_the_interchange_ends_the_run_with_its_name(start: Callable
     (interchange,) = [p for p in psutil.Process().children() if "interchange" in " ".join(p.cmdline())]
     interchange.kill()
     with pytest.raises(EnvironmentProblem, match=r"interchange has ended with status -9.*same command again"):
-        future.result(timeout=10)
+        future.result(timeout=60)
     with pytest.raises(EnvironmentProblem):
-        executor.submit(helium()).result(timeout=10)
+        executor.submit(helium()).result(timeout=60)
     begin = time.monotonic()
     executor.shutdown(wait=False)
-    assert time.monotonic() - begin < 20
-    assert eventually(lambda: not oracles(tmp_path), 5)
+    assert time.monotonic() - begin < 60
+    assert eventually(lambda: not oracles(tmp_path), 30)
 
 
 def test_a_hanging_code_is_killed_at_its_limit_and_its_worker_goes_on(
@@ -146,13 +146,13 @@ def test_a_hanging_code_is_killed_at_its_limit_and_its_worker_goes_on(
     begin = time.monotonic()
     with pytest.raises(OracleTimeout, match="killed after 2 s"):
         executor.submit(helium(SLEEPS)).result(timeout=60)
-    assert 1.9 < time.monotonic() - begin < 10
+    assert 1.9 < time.monotonic() - begin < 40
     with pytest.raises(SCFNotConverged, match="no rung of the ladder"):
         executor.submit(helium(UNCONVERGED)).result(timeout=60)
     with pytest.raises(OracleTimeout):
         executor.submit(helium(FORKS)).result(timeout=60)
     (file,) = (tmp_path / "work").glob("*/grandchild")
-    assert eventually(lambda: ended(int(file.read_text())), 5)
+    assert eventually(lambda: ended(int(file.read_text())), 30)
     assert executor.submit(helium(x=1.0)).result(timeout=60).energy == 0.0
     assert pools(tmp_path) == [pool]
     assert {f["class"] for f in read_failures(tmp_path / "spool").values()} == {"OracleTimeout", "SCFNotConverged"}
@@ -167,11 +167,11 @@ def test_shutdown_without_waiting_ends_everything(start: Callable[..., RemoteExe
     assert len(members) > 4
     begin = time.monotonic()
     executor.shutdown(wait=False)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 40
     assert waiting.cancelled()
     assert isinstance(running.exception(), OracleCrashed)
-    assert eventually(lambda: not any(alive(p) for p in members), 5), [p for p in members if alive(p)]
-    assert eventually(lambda: ended(int(file.read_text())), 5)
+    assert eventually(lambda: not any(alive(p) for p in members), 30), [p for p in members if alive(p)]
+    assert eventually(lambda: ended(int(file.read_text())), 30)
     assert read_failures(tmp_path / "spool") == {}
 
 

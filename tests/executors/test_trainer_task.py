@@ -92,7 +92,7 @@ def test_a_killed_worker_takes_the_trainer_with_it_and_so_does_a_killed_pool(
             trainer, worker = (psutil.Process(mark(tmp_path)[key]) for key in ("pid", "worker"))
             (pool,) = pools(tmp_path)
             (worker if victim == "worker" else pool).kill()
-            assert eventually(lambda trainer=trainer: ended(trainer.pid), 5), victim
+            assert eventually(lambda trainer=trainer: ended(trainer.pid), 30), victim
             assert eventually(lambda: item.ended().startswith("was lost: "), 30), victim
             item.start()
             assert eventually(lambda: begun(item))

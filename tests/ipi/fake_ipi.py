@@ -25,7 +25,7 @@ class FakeIpi:
         self.server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.server.bind(self.endpoint.path)
         self.server.listen(4)
-        self.server.settimeout(5.0)
+        self.server.settimeout(30.0)
         self.peer: socket.socket | None = None
         self.segments: dict[str, shared_memory.SharedMemory] = {}
 
@@ -33,7 +33,7 @@ class FakeIpi:
         if self.peer is not None:
             self.peer.close()
         self.peer, _ = self.server.accept()
-        self.peer.settimeout(5.0)
+        self.peer.settimeout(30.0)
         return self.peer
 
     def close(self) -> None:

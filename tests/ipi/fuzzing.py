@@ -209,10 +209,10 @@ class Recorder:
 def talk(folder: Path, handler: Callable[[Request], Reply], frames: int = 3, atoms: int = 4) -> None:
     """Our server and our client, over a real socket."""
     with ForceServer(
-        unique_endpoint(f"{folder}/"), parameters=" a : b ", connect_timeout=3.0, frame_timeout=3.0, alive=lambda: True
+        unique_endpoint(f"{folder}/"), parameters=" a : b ", connect_timeout=20.0, frame_timeout=3.0, alive=lambda: True
     ) as force_server:
         client = Client(
-            [force_server.endpoint], handler, shared_memory=False, connect_timeout=3.0, reconnects=0, gather_seconds=0.0
+            [force_server.endpoint], handler, shared_memory=False, connect_timeout=20.0, reconnects=0, gather_seconds=0.0
         )
         thread = threading.Thread(target=client.serve)
         thread.start()

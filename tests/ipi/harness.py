@@ -109,7 +109,7 @@ def client_of(effective: IpiInput, handler: Callable[[Request], Reply], clients:
         effective.endpoints * clients,
         handler,
         shared_memory=effective.shared_memory,
-        connect_timeout=10.0,
+        connect_timeout=30.0,
         reconnects=reconnects,
         gather_seconds=0.01,
     )
@@ -130,8 +130,8 @@ class Serving:
         except BaseException as error:
             self.outcome = error
 
-    def join(self, seconds: float) -> str | BaseException | None:
-        """The outcome; None when it still serves."""
+    def join(self, seconds: float = 30.0) -> str | BaseException | None:
+        """The outcome; None when it still serves then."""
         self._thread.join(seconds)
         return self.outcome
 

@@ -30,7 +30,7 @@ ZERO = np.zeros((1, 3, 3))
 
 
 def server(folder: Path, limit: float = 30.0, alive: Callable[[], bool] = lambda: True) -> ForceServer:
-    return ForceServer(unique_endpoint(f"{folder}/"), parameters=" ", connect_timeout=10.0, frame_timeout=limit, alive=alive)
+    return ForceServer(unique_endpoint(f"{folder}/"), parameters=" ", connect_timeout=30.0, frame_timeout=limit, alive=alive)
 
 
 @contextmanager
@@ -39,10 +39,10 @@ def code(force_server: ForceServer, script: Callable[[Channel], None]) -> Iterat
     over = threading.Event()
 
     def run() -> None:
-        channel = connect(force_server.endpoint, 3.0)
+        channel = connect(force_server.endpoint, 30.0)
         with contextlib.suppress(IpiGone, TimeoutError):
             script(channel)
-        over.wait(10.0)
+        over.wait(30.0)
         channel.close()
 
     thread = threading.Thread(target=run)
@@ -51,7 +51,7 @@ def code(force_server: ForceServer, script: Callable[[Channel], None]) -> Iterat
         yield
     finally:
         over.set()
-        thread.join(5.0)
+        thread.join(30.0)
         assert not thread.is_alive()
 
 
@@ -180,7 +180,7 @@ def test_a_process_that_is_gone_is_noticed_though_its_child_holds_the_socket(tmp
 
 def harmonic(force_server: ForceServer) -> threading.Thread:
     client = Client(
-        [force_server.endpoint], Harmonic(), shared_memory=False, connect_timeout=3.0, reconnects=0, gather_seconds=0.0
+        [force_server.endpoint], Harmonic(), shared_memory=False, connect_timeout=20.0, reconnects=0, gather_seconds=0.0
     )
     thread = threading.Thread(target=_serve, args=(client,), daemon=True)
     thread.start()
@@ -200,7 +200,7 @@ def test_two_clients_are_refused(tmp_path: Path) -> None:
         with pytest.raises(OracleInconsistent, match="two clients connected"):
             force_server.compute(np.zeros((2, 3)), CELL)
         for client in clients:
-            client.join(3.0)
+            client.join(30.0)
             assert not client.is_alive()
 
 
@@ -215,7 +215,7 @@ def test_what_else_connected_is_not_taken_for_the_next_code(tmp_path: Path) -> N
             x = np.ones((2, 3))
             assert force_server.compute(x, CELL)[1] == pytest.approx(-0.5 * x)
             assert force_server.connect() is not channel
-    thread.join(3.0)
+    thread.join(30.0)
 
 
 def test_a_reply_of_a_large_system_is_refused_in_little_memory() -> None:

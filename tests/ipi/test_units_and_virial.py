@@ -75,7 +75,7 @@ def reference(settings: Setup, folder: Path, forcefield: str) -> np.ndarray:
 def ours(settings: Setup, folder: Path, handler: object) -> np.ndarray:
     with running(settings, folder) as (process, effective):
         assert client_of(effective, handler).serve() == "exit"  # type: ignore[arg-type]
-        assert process.wait(5.0)
+        assert process.wait(30.0)
     return columns(folder)
 
 

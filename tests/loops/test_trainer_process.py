@@ -61,14 +61,14 @@ def test_a_trainer_that_does_nothing_is_started_again_a_few_times(tmp_path: Path
 
 def test_a_beating_trainer_is_left_alone_though_the_clock_goes_back(tmp_path: Path, no_process: list[str]) -> None:
     run = RunDirectory(tmp_path)
-    process = TrainerProcess(run, Here(run, 1), stall_timeout=0.3)
+    process = TrainerProcess(run, Here(run, 1), stall_timeout=1.5)
     process.begin()
     try:
-        for n in range(20):  # a day earlier with every beat
+        for n in range(20):  # a day earlier with every beat, for longer than that
             pulse_file(process.run).touch()
             os.utime(pulse_file(process.run), (1e9 - 86400 * n, 1e9 - 86400 * n))
             process._keep_alive()
-            time.sleep(0.05)
+            time.sleep(0.12)
         assert len(no_process) == 1
     finally:
         process.stop()
