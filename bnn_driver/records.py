@@ -86,6 +86,13 @@ class Prediction:
     generation: int = 0
     """The generation of weights that made it."""
 
+    def __getitem__(self, rows: slice) -> Prediction:
+        """What is said of some of the frames."""
+        return Prediction(
+            self.energy[:, rows], self.forces[:, rows], self.virial[:, rows], self.energy_noise_sd[:, rows], self.force_noise_sd[:, rows],
+            self.generation,
+        )  # fmt: skip
+
     @property
     def members(self) -> int:
         """M."""

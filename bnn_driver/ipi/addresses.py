@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,17 @@ from bnn_driver.ipi.transport import Endpoint, has_listener, listen
 State = Literal["free", "stale", "listening", "elsewhere"]
 LONGEST = 107
 """Bytes of the name of a Unix socket."""
+
+
+def check_one_each(endpoints: Mapping[str, Sequence[Endpoint]]) -> None:
+    """Args: endpoints: of every walker.   Raises: ConfigError when two of them listen at one address."""
+    owners: dict[str, str] = {}
+    for name, own in endpoints.items():
+        for address in map(str, own):
+            if owners.setdefault(address, name) != name:
+                raise ConfigError(
+                    f"walkers {owners[address]!r} and {name!r} both listen on {address}; give each an <address> of its own"
+                )
 
 
 def state_of(endpoint: Endpoint) -> State:

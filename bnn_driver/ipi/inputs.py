@@ -6,6 +6,7 @@ i-PI is imported inside the functions: it takes a second, and only those who rea
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from bnn_driver.units import BOHR
 
 FILE_MODES = frozenset({"xyz", "pdb", "ase", "chk"})
 VERBOSITY = ("quiet", "low", "medium", "high", "debug", "trace")
+ONE_READER = threading.Lock()
+"""How loud i-PI is, and which warnings are shown, is the same for all threads."""
 ISOTOPES = {"D": 1, "T": 1, "Mu": 1}
 
 
@@ -111,18 +114,21 @@ def _quiet_ipi(path: Path) -> Iterator[None]:
     """i-PI's messages off, and every way it fails turned into a ConfigError: its readers raise anything, even SystemExit."""
     from ipi.utils.messages import verbosity
 
-    level = VERBOSITY[verbosity.level]  # read as a number, set as a word
-    verbosity.level = "quiet"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # i-PI leaves the structure file open
-            yield
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"i-PI cannot read {path}: {type(error).__name__}: {error}; try `i-pi {path.name}` for more") from error
-    finally:
-        verbosity.level = level
+    with ONE_READER:
+        level = VERBOSITY[verbosity.level]  # read as a number, set as a word
+        verbosity.level = "quiet"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)  # i-PI leaves the structure file open
+                yield
+        except ConfigError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ConfigError(
+                f"i-PI cannot read {path}: {type(error).__name__}: {error}; try `i-pi {path.name}` for more"
+            ) from error
+        finally:
+            verbosity.level = level
 
 
 def _parse(path: Path) -> Any:

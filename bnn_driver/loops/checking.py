@@ -16,6 +16,7 @@ from torch import Tensor
 from bnn_driver.config import Config, read_config
 from bnn_driver.errors import ConfigError, ModelError
 from bnn_driver.executor_config import TrainerSettings
+from bnn_driver.ipi.addresses import check_one_each
 from bnn_driver.ipi.simulation import IpiInput
 from bnn_driver.loops.assembly import (
     Model,
@@ -103,18 +104,13 @@ def _of_walker(say: Say, walker: str, name: str, text: str) -> None:
 
 def _check_walkers(systems: Mapping[str, tuple[Frames, IpiInput | None]]) -> None:
     """Walkers share labels and weights, but no socket.  Raises: ConfigError for different atoms, or one address of two."""
-    owners: dict[str, str] = {}
     first, (frames, _) = next(iter(systems.items()))
-    for name, (theirs, found) in systems.items():
+    for name, (theirs, _) in systems.items():
         if not np.array_equal(theirs.numbers, frames.numbers):
             raise ConfigError(
                 f"walkers {first!r} and {name!r} have different atoms, or in another order; give them runs of their own"
             )
-        for address in (str(endpoint) for endpoint in (found.endpoints if found else ())):
-            if owners.setdefault(address, name) != name:
-                raise ConfigError(
-                    f"walkers {owners[address]!r} and {name!r} both listen on {address}; give each an <address> of its own"
-                )
+    check_one_each({name: found.endpoints for name, (_, found) in systems.items() if found})
 
 
 def _say_system(config: Config, frames: Frames, say: Say) -> None:

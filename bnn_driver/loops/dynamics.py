@@ -19,12 +19,12 @@ from bnn_driver.active.policy import Policy
 from bnn_driver.active.sanity import check_disagreement, check_forces, check_sanity, check_whole
 from bnn_driver.errors import CleanStop, GuardStop, IpiGone
 from bnn_driver.explore_config import ExploreConfig
-from bnn_driver.ipi.client import Reply, Request
+from bnn_driver.ipi.client import Client, Reply, Request
 from bnn_driver.ipi.simulation import IpiInput, IpiProcess, read_input
 from bnn_driver.loops.answering import make_reply
 from bnn_driver.loops.assembly import STOP_SECONDS, make_client
 from bnn_driver.loops.counting import StepCounter
-from bnn_driver.loops.progress import Progress
+from bnn_driver.loops.together import Halted
 from bnn_driver.records import Array, Decision, Frames, Prediction
 from bnn_driver.store.files import write_json
 from bnn_driver.store.trajectory import TrajectoryFile
@@ -118,18 +118,31 @@ class Dynamics:
     first: bool
     """It starts from the user's structure."""
     watch: Callable[[StepCounter, TrajectoryFile, Callable[[int, str], None]], Watch]
-    progress: Progress | None = field(default=None, init=False)
+    show: Callable[[str, int, str], None] = field(default=lambda name, step, facts: None)
+    """Hears of every step."""
     step: int = field(default=0, init=False)
     """Of the last frame that was answered."""
+    _client: Client | None = field(default=None, init=False)
+    _halted: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._simulation = IpiProcess(self.folder / INPUT, self.folder, self.log_file)
+        self.total, self.reached = read_input(self.folder / INPUT).total_steps, self._simulation.reached()
+
+    def halt(self) -> None:
+        """Have `run`, in another thread, end soon: i-PI is left where it can go on."""
+        self._halted = True
+        if self._client is not None:
+            self._client.close()
 
     def run(self, config: ExploreConfig) -> dict[str, Any]:
         """Run i-PI to its last step, or to where the walker leaves the sanity window; returns what is written.
 
-        Raises: GuardStop when not even the first frame is within the window; IpiGone; CleanStop when i-PI was told to stop.
+        Raises: GuardStop when not even the first frame is within the window; IpiGone; CleanStop when i-PI was told to stop;
+            Halted after `halt`.
         """
         begin = time.monotonic()
-        simulation = IpiProcess(self.folder / INPUT, self.folder, self.log_file)
-        found = read_input(self.folder / INPUT)
+        simulation, found = self._simulation, read_input(self.folder / INPUT)
         kept = TrajectoryFile(self.frames_file)
         stopped = ""
         try:
@@ -140,9 +153,9 @@ class Dynamics:
         finally:
             simulation.stop(STOP_SECONDS, STOP_SECONDS)
             kept.close()
-            if self.progress is not None:
-                self.progress.finish()
         if not stopped and not simulation.finished():
+            if self._halted:
+                raise Halted(f"walker {self.name} was ended at step {simulation.reached()}")
             if simulation.stopped_on_request():
                 raise CleanStop(f"i-PI was told to stop, at step {simulation.reached()}; the same command goes on")
             raise IpiGone(
@@ -163,16 +176,17 @@ class Dynamics:
         effective = simulation.start()
         per_step = found.n_beads * found.n_systems
         counter = StepCounter(per_step, effective.step, found.batch_size > 1)
-        self.progress = progress = Progress(found.total_steps, effective.step)
 
         def on_step(step: int, text: str) -> None:
             self.step = step
-            progress.show(step, f"{self.name} | {text}")
+            self.show(self.name, step, text)
 
         client = make_client(config, effective.endpoints, effective.shared_memory, self.watch(counter, kept, on_step).respond)
+        self._client = client
         try:
             simulation.wait_until_listening(effective, config.ipi.connect_timeout)
-            client.serve()
+            if not self._halted:
+                client.serve()
         finally:
             client.close()
         simulation.wait(STOP_SECONDS)

@@ -250,13 +250,14 @@ class Exploration:
             self._along(1)
 
     def _simulate(self, number: int) -> None:
-        for name in self.config.walkers():
-            if self.walks.done(number, name) is not None:
-                continue
-            facts = self.walks.run(number, name, self.chains.predict, self._calibrated(number))
+        def ended(facts: dict[str, Any]) -> None:
             self.note("dynamics", round=number, generation=self.generation, **facts)
             if facts["stopped"]:
-                self.tell(f"round {number}: walker {name} left the sanity window at step {facts['step']}: {facts['stopped']}")
+                self.tell(
+                    f"round {number}: walker {facts['walker']} left the sanity window at step {facts['step']}: {facts['stopped']}"
+                )
+
+        self.walks.run(number, self.chains.predict, self._calibrated(number), ended)
 
     def _calibrated(self, number: int) -> Mapping[str, Calibration]:
         """What the errors at all labels before this round say of the trust in the predicted sds."""

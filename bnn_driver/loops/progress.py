@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -51,6 +53,27 @@ class Progress:
             return f"step {step} | {rate:.1f} steps/s"
         left = (self.total_steps - step) / rate if rate > 0 else float("inf")
         return f"step {step}/{self.total_steps} | {rate:.1f} steps/s | {_duration(left)} left"
+
+
+class CommonProgress:
+    """One line for simulations that move at the same time; its steps are the sum of theirs."""
+
+    def __init__(self, totals: Mapping[str, int], reached: Mapping[str, int]) -> None:
+        """Args: totals, reached: steps of each by name, at their end and now."""
+        self._progress = Progress(sum(totals.values()), sum(reached.values()))
+        self._totals, self._reached = dict(totals), dict(reached)
+        self._lock = threading.Lock()
+
+    def show(self, name: str, step: int, facts: str) -> None:
+        """As `Progress.show`, from the thread of a simulation."""
+        with self._lock:
+            self._reached[name] = step
+            at = f" at {step}/{self._totals[name]}" if len(self._totals) > 1 else ""
+            self._progress.show(sum(self._reached.values()), f"{name}{at} | {facts}")
+
+    def finish(self) -> None:
+        """End the line."""
+        self._progress.finish()
 
 
 def _duration(seconds: float) -> str:

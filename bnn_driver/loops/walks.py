@@ -17,11 +17,14 @@ from bnn_driver.active.criteria import Calibration
 from bnn_driver.active.policy import Policy
 from bnn_driver.errors import ConfigError
 from bnn_driver.explore_config import ExploreConfig
+from bnn_driver.ipi.addresses import check_one_each
 from bnn_driver.ipi.inputs import IpiInput, read_input
 from bnn_driver.ipi.preparing import START, Start, own_input, standing, template_input
 from bnn_driver.ipi.simulation import copy_named_files
 from bnn_driver.loops.dynamics import INPUT, Dynamics, Watch, last_good
+from bnn_driver.loops.progress import CommonProgress
 from bnn_driver.loops.seeds import derive
+from bnn_driver.loops.together import Together
 from bnn_driver.records import Array, Frames, Prediction
 from bnn_driver.sections import Section
 from bnn_driver.store.files import read_json, write_atomic
@@ -102,6 +105,7 @@ def _from_inputs(config: ExploreConfig, base: Path) -> System:
         starts[name] = Start(found.labels, found.positions[None], found.cell)
     if first is None:
         raise ConfigError("[ipi.walkers] names no i-PI input")
+    check_one_each({name: found.endpoints for name, found in inputs.items()})
     return System(_frames(config, first.numbers, first.positions, first.cell), starts, inputs)
 
 
@@ -133,15 +137,37 @@ class Walks:
         return read_json(file) if file.exists() else None
 
     def run(
-        self, number: int, name: str, predict: Callable[[Frames], Prediction], calibrations: Mapping[str, Calibration]
-    ) -> dict[str, Any]:
-        """Run a walker to the end of a round.  Raises: as `Dynamics.run`."""
+        self,
+        number: int,
+        predict: Callable[[Frames], Prediction],
+        calibrations: Mapping[str, Calibration],
+        ended: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Run all walkers to the end of a round, at the same time; those that have come to it are left alone.
+
+        Args: ended: hears what each wrote at its end.   Raises: as `Dynamics.run`, when all have been stopped.
+        """
+        together: Together[dict[str, Any]] = Together(predict)
+        watch = partial(Watch, self.config, self.system.like, together.predict, self.policy, calibrations)
+        walkers = [self._walker(number, name, watch) for name in self.config.walkers() if self.done(number, name) is None]
+        progress = CommonProgress({w.name: w.total for w in walkers}, {w.name: w.reached for w in walkers})
+        for walker in walkers:
+            walker.show = progress.show
+
+        def halt() -> None:
+            for walker in walkers:
+                walker.halt()
+
+        try:
+            together.run({w.name: partial(w.run, self.config) for w in walkers}, halt, ended)
+        finally:
+            progress.finish()
+
+    def _walker(self, number: int, name: str, watch: Callable[..., Watch]) -> Dynamics:
         home = self._home(number)
         self._prepare(number, name)
-        watch = partial(Watch, self.config, self.system.like, predict, self.policy, calibrations)
         log_file = self.logs / f"ipi_{number:03d}_{name}.log"
-        walker = Dynamics(name, home / name, home / f"{name}.extxyz", home / f"{name}.json", log_file, number == 0, watch)
-        return walker.run(self.config)
+        return Dynamics(name, home / name, home / f"{name}.extxyz", home / f"{name}.json", log_file, number == 0, watch)
 
     def kept(self, number: int) -> Trajectories:
         """The frames of all walkers of a round."""
@@ -163,7 +189,7 @@ class Walks:
         if self.config.explore.structure:
             e = self.config.explore
             kelvin = e.temperatures[self.config.walkers().index(name)]
-            text = template_input(kelvin, e.beads, e.timestep, e.steps, self._address(), seed)
+            text = template_input(kelvin, e.beads, e.timestep, e.steps, self._address(name), seed)
         else:
             found = self.system.inputs[name]
             text = own_input(found.path.read_text(), found.path, seed, found.n_beads, restart=place is not None)
@@ -187,6 +213,6 @@ class Walks:
         cell = first.cell if all_kept.frames.cell is None else all_kept.frames.cell[beads[0]]
         return Start(first.labels, all_kept.frames.positions[beads[np.argsort(all_kept.bead[beads])]], cell)
 
-    def _address(self) -> str:
-        """Of a Unix socket; the same for a run as long as it lies where it does."""
-        return f"bnn-{hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()[:12]}"
+    def _address(self, name: str) -> str:
+        """Of a walker's Unix socket; the same as long as the run lies where it does."""
+        return f"bnn-{hashlib.sha256(f'{self.folder.absolute()} {name}'.encode()).hexdigest()[:12]}"

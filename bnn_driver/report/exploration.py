@@ -126,7 +126,7 @@ def exploration_summary(run_path: Path) -> dict[str, Any]:
                 "beyond": one.labelled.get("beyond", {}),
                 "beyond_at_most": one.labelled.get("beyond_at_most") if one.labelled.get("audited") else None,
                 "seconds": {
-                    "dynamics": sum(walker["seconds"] for walker in one.walkers),
+                    "dynamics": max((walker["seconds"] for walker in one.walkers), default=0.0),  # they move at the same time
                     "labels": one.labelled.get("seconds", 0.0),
                     "learning": found.updates.get(one.screened["generation"], 0.0),
                 },

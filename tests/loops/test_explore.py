@@ -19,7 +19,9 @@ from small_run import command, program, write_run
 
 from bnn_driver.active.likeness import Gallery
 from bnn_driver.errors import BnnError, ConfigError, GuardStop
+from bnn_driver.loops.chains import Chains
 from bnn_driver.loops.explore import check_exploration, explore
+from bnn_driver.records import Frames, Prediction
 from bnn_driver.store.dataset import LabelStore
 from bnn_driver.store.run import read_events
 
@@ -580,14 +582,47 @@ def test_elements_that_the_model_does_not_know_are_named(tmp_path: Path) -> None
         check(config)
 
 
+def test_walkers_move_at_the_same_time_by_one_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_exploration(
+        tmp_path,
+        ("[300]", "[300, 400]"), ("steps = 40", "steps = 20\nbeads = 3"), ("rounds = 2", "rounds = 1"),
+        ("steps_per_update = 60", "steps_per_update = 5"),
+    )  # fmt: skip
+    sizes, predict = list[int](), Chains.predict
+
+    def noted(self: Chains, asked: Frames) -> Prediction:
+        sizes.append(len(asked))
+        return predict(self, asked)
+
+    monkeypatch.setattr(Chains, "predict", noted)
+    explore(config)
+    assert sizes.count(6) > 20, "a ring each, most of the time"
+
+
+def test_walkers_with_one_address_are_refused(tmp_path: Path) -> None:
+    config = with_own_inputs(tmp_path, 12, "stride = 4\nstart = 2\nbatch = 2\nrounds = 1\n")
+    address = re.compile("<address>.*</address>")
+    (same,) = address.findall((tmp_path / "w0.xml").read_text())
+    (tmp_path / "w1.xml").write_text(address.sub(same, (tmp_path / "w1.xml").read_text()))
+    for verb in (check, explore):
+        with pytest.raises(ConfigError, match="walkers 'cold' and 'hot' both listen on"):
+            verb(config)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_request_to_stop_ends_ipi_too_and_the_same_command_goes_on(tmp_path: Path) -> None:
     config = write_exploration(
-        tmp_path, ("steps = 40", "steps = 800"), ("stride = 4", "stride = 50"), ("rounds = 2", "rounds = 1")
+        tmp_path,
+        ("[300]", "[300, 400]"),
+        ("steps = 40", "steps = 800"),
+        ("stride = 4", "stride = 50"),
+        ("rounds = 2", "rounds = 1"),
     )
     process = subprocess.Popen(command("explore", config), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    kept = tmp_path / "run" / "exploration" / "round_000" / "300K.extxyz"
-    while not kept.exists() or kept.stat().st_size < 600:
+    walkers = ("300K", "400K")
+    kept = [tmp_path / "run" / "exploration" / "round_000" / f"{name}.extxyz" for name in walkers]
+    while not all(file.exists() and file.stat().st_size > 600 for file in kept):
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
@@ -595,14 +630,15 @@ def test_a_request_to_stop_ends_ipi_too_and_the_same_command_goes_on(tmp_path: P
     if process.stderr:
         process.stderr.close()
     assert "stopped on request" in reason(config)
-    folder = kept.parent / "300K"
-    assert (folder / "RESTART").exists()
-    assert not (folder / "ipi.pid").exists(), "i-PI has ended"
-    begun = len(frames(config, 0))
-    assert begun < 17
+    for name, file in zip(walkers, kept, strict=True):
+        folder = file.parent / name
+        assert (folder / "RESTART").exists()
+        assert not (folder / "ipi.pid").exists(), "i-PI has ended"
+        assert 2 <= len(frames(config, 0, name)) < 17, "both were on their way"
     config.write_text(config.read_text().replace("rounds = 1", 'rounds = 1\nmax_disagreement = "1 meV/A"'))
     explore(config)
-    assert [a.info["step"] for a in frames(config, 0)] == list(range(0, 801, 50)), "it went on where it was"
+    for name in walkers:
+        assert [a.info["step"] for a in frames(config, 0, name)] == list(range(0, 801, 50)), "it went on where it was"
     stopped = [event for event in events(config, "dynamics") if event["round"] == 1]
     assert "above the limit of 0.001 eV/Å" in stopped[0]["stopped"]
     assert len(frames(config, 1)) == 1, "the frame on which the members disagree too much is kept"
