@@ -20,6 +20,7 @@ import sysconfig
 import threading
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -226,13 +227,13 @@ class IpiProcess:
         """Whether the i-PI started here is alive."""
         return self._process is not None and self._process.poll() is None
 
-    def wait_until_listening(self, effective: IpiInput, timeout: float) -> None:
-        """Wait until i-PI listens on all its sockets.
+    def wait_until_listening(self, effective: IpiInput, timeout: float, given_up: Callable[[], bool] = lambda: False) -> None:
+        """Wait until i-PI listens on all its sockets, or the caller has given it up.
 
         Raises: IpiGone with the end of its log when it died, or does not listen within `timeout` (s).
         """
         end = time.monotonic() + timeout
-        while not all(self._listens(endpoint) for endpoint in effective.endpoints):
+        while not given_up() and not all(self._listens(endpoint) for endpoint in effective.endpoints):
             if not self.is_running:
                 raise IpiGone(f"i-PI ended before it listened; the end of {self.log_file}:\n{self.tail(15)}")
             if time.monotonic() > end:

@@ -127,7 +127,7 @@ class Dynamics:
 
     def __post_init__(self) -> None:
         self._simulation = IpiProcess(self.folder / INPUT, self.folder, self.log_file)
-        self.total, self.reached = read_input(self.folder / INPUT).total_steps, self._simulation.reached()
+        self.input, self.reached = read_input(self.folder / INPUT), self._simulation.reached()
 
     def halt(self) -> None:
         """Have `run`, in another thread, end soon: i-PI is left where it can go on."""
@@ -142,11 +142,11 @@ class Dynamics:
             Halted after `halt`.
         """
         begin = time.monotonic()
-        simulation, found = self._simulation, read_input(self.folder / INPUT)
+        simulation, found = self._simulation, self.input
         kept = TrajectoryFile(self.frames_file)
         stopped = ""
         try:
-            if not simulation.finished():
+            if not simulation.finished() and not self._halted:
                 self._drive(config, simulation, found, kept)
         except GuardStop as error:
             stopped = str(error)
@@ -184,12 +184,13 @@ class Dynamics:
         client = make_client(config, effective.endpoints, effective.shared_memory, self.watch(counter, kept, on_step).respond)
         self._client = client
         try:
-            simulation.wait_until_listening(effective, config.ipi.connect_timeout)
+            simulation.wait_until_listening(effective, config.ipi.connect_timeout, lambda: self._halted)
             if not self._halted:
                 client.serve()
         finally:
             client.close()
-        simulation.wait(STOP_SECONDS)
+        if not self._halted:  # else nobody has told i-PI to end
+            simulation.wait(STOP_SECONDS)
 
 
 def last_good(step: Array, disagreement: Array, stopped: bool) -> int | None:

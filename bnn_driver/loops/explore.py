@@ -257,7 +257,7 @@ class Exploration:
                     f"round {number}: walker {facts['walker']} left the sanity window at step {facts['step']}: {facts['stopped']}"
                 )
 
-        self.walks.run(number, self.chains.predict, self._calibrated(number), ended)
+        self.walks.run(number, self.chains.predict, self._calibrated(number), ended, self.harvest.clock.disarm)
 
     def _calibrated(self, number: int) -> Mapping[str, Calibration]:
         """What the errors at all labels before this round say of the trust in the predicted sds."""

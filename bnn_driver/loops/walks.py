@@ -142,19 +142,27 @@ class Walks:
         predict: Callable[[Frames], Prediction],
         calibrations: Mapping[str, Calibration],
         ended: Callable[[dict[str, Any]], None],
+        ending: Callable[[], None],
     ) -> None:
         """Run all walkers to the end of a round, at the same time; those that have come to it are left alone.
 
-        Args: ended: hears what each wrote at its end.   Raises: as `Dynamics.run`, when all have been stopped.
+        Args: ended: hears what each wrote at its end.   ending: called before all are stopped, for an error or on request.
+        Raises: ConfigError when two would listen at one address; as `Dynamics.run`, when all have been stopped.
         """
         together: Together[dict[str, Any]] = Together(predict)
-        watch = partial(Watch, self.config, self.system.like, together.predict, self.policy, calibrations)
-        walkers = [self._walker(number, name, watch) for name in self.config.walkers() if self.done(number, name) is None]
-        progress = CommonProgress({w.name: w.total for w in walkers}, {w.name: w.reached for w in walkers})
+        walkers = []
+        for name in self.config.walkers():
+            if self.done(number, name) is None:
+                ask = partial(together.ask, name)
+                watch = partial(Watch, self.config, self.system.like, ask, self.policy, calibrations)
+                walkers.append(self._walker(number, name, watch))
+        check_one_each({w.name: w.input.endpoints for w in walkers})
+        progress = CommonProgress({w.name: w.input.total_steps for w in walkers}, {w.name: w.reached for w in walkers})
         for walker in walkers:
             walker.show = progress.show
 
         def halt() -> None:
+            ending()
             for walker in walkers:
                 walker.halt()
 

@@ -107,7 +107,7 @@ def simulate(given: argparse.Namespace, kelvin: list[int]) -> tuple[float, Timed
         policy, calibrations = make_policy(parts.config, parts.system.like.numbers, 0.0)
         walks = Walks(parts.config, parts.base, parts.system, Path(folder) / "rounds", Path(folder) / "log", policy)
         begin = time.perf_counter()
-        walks.run(0, predict, calibrations, lambda facts: None)
+        walks.run(0, predict, calibrations, lambda facts: None, lambda: None)
         return time.perf_counter() - begin, timed
 
 
