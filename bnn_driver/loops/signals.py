@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from bnn_driver.errors import CleanStop
+
+AGAIN_SECONDS = 0.1
+"""A request that Python lost is made again after so long."""
 
 
 @contextlib.contextmanager
@@ -18,6 +25,7 @@ def stop_on_signals() -> Iterator[None]:
     Raises: CleanStop.
     """
     stopping = False
+    repeats: list[threading.Timer] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
@@ -25,10 +33,25 @@ def stop_on_signals() -> Iterator[None]:
             stopping = True
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def swallowed(what: Any) -> None:
+        """Python prints what is raised in a destructor or a callback of the garbage collector, and goes on."""
+        nonlocal stopping
+        if not issubclass(what.exc_type, KeyboardInterrupt):
+            hook(what)
+            return
+        stopping = False
+        repeats.append(threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)))
+        repeats[-1].daemon = True
+        repeats[-1].start()
+
+    before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
+    sys.unraisablehook = swallowed
     try:
         yield
     except KeyboardInterrupt:
         raise CleanStop("stopped on request; the same command goes on") from None
     finally:
+        for repeat in repeats:
+            repeat.cancel()
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
