@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -25,7 +26,7 @@ def stop_on_signals() -> Iterator[None]:
     Raises: CleanStop.
     """
     stopping = False
-    repeats: list[threading.Timer] = []
+    over = False
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
@@ -40,9 +41,12 @@ def stop_on_signals() -> Iterator[None]:
             hook(what)
             return
         stopping = False
-        repeats.append(threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)))
-        repeats[-1].daemon = True
-        repeats[-1].start()
+        _thread.start_new_thread(repeat, ())  # takes no lock that what was interrupted may hold
+
+    def repeat() -> None:
+        time.sleep(AGAIN_SECONDS)
+        if not over:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
     sys.unraisablehook = swallowed
@@ -51,7 +55,6 @@ def stop_on_signals() -> Iterator[None]:
     except KeyboardInterrupt:
         raise CleanStop("stopped on request; the same command goes on") from None
     finally:
-        for repeat in repeats:
-            repeat.cancel()
+        over = True
         sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
