@@ -42,15 +42,6 @@ OLDER = ("older_1.checkpoint", "older_2.checkpoint", "older_3.checkpoint")
 """The copies before that one, from new to old."""
 MARK = "# i-PI started on "
 PROCESS = Path(__file__).with_name("ipi_main.py")
-# argv: this process, then a command that is ended (SIGTERM) when this process dies, however it dies
-LAUNCH = """
-import ctypes, os, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit("the parent died before this process started")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class IpiProcess:

@@ -18,8 +18,8 @@ import torch
 
 from bnn_driver.config import Config
 from bnn_driver.errors import ConfigError, EnvironmentProblem
-from bnn_driver.ipi.simulation import LAUNCH
 from bnn_driver.loops.chains import Note, described
+from bnn_driver.loops.parent import LAUNCH
 from bnn_driver.loops.seeds import derive, generator
 from bnn_driver.pool_config import CommitteeSettings
 from bnn_driver.potential.contract import Potential

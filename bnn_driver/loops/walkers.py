@@ -15,7 +15,7 @@ from typing import IO
 
 from bnn_driver.config import read_config
 from bnn_driver.errors import BnnError, CleanStop
-from bnn_driver.ipi.simulation import LAUNCH
+from bnn_driver.loops.parent import LAUNCH
 from bnn_driver.store.run import RunDirectory
 
 log = logging.getLogger(__name__)
